@@ -1,0 +1,1 @@
+"""vggt-prep: posed captures -> frames -> shards, once and offline."""

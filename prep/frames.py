@@ -1,0 +1,141 @@
+"""One frame from its source files to the bytes of its members: checked, resized, encoded."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.source import Frame
+from shards.codecs import decode_jpeg, encode_depth, encode_jpeg, jpeg_size
+from shards.pixels import nearest, scale_intrinsics
+from shards.schema import FrameMeta
+
+FAR_PERCENTILE = 98.0  # of the valid depths: what lies farther is mostly noise of the stereo
+MASK_THRESHOLD = 128
+ROTATION_TOLERANCE = 1e-3
+SKEW_TOLERANCE = 1e-6  # of the focal length
+PNG_END = b"IEND\xaeB`\x82"
+
+
+class BadFrameError(ValueError):
+    """A frame that cannot be used; the message is the reason it is counted under, its detail what was found."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameOptions:
+    """How frames are stored. short_side in pixels, 0 keeps the original JPEG; quality is JPEG's, 1 to 100."""
+
+    short_side: int = 648
+    quality: int = 95
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFrame:
+    jpeg: bytes
+    depth: bytes | None
+    meta: FrameMeta
+
+
+def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
+    """Read, check, resize and encode a frame. Raises BadFrameError."""
+    check_camera(frame)
+    data = _read(frame.image, "image")
+    try:
+        source_size = jpeg_size(data)
+        scale = min(1.0, options.short_side / min(source_size)) if options.short_side else 1.0
+        image, eighths = decode_jpeg(data, scale)
+    except ValueError as error:
+        raise BadFrameError("image is damaged", str(error)) from error
+    # An edge at x of the source lies at x * factor of the stored image, which need not be the ratio of the sizes:
+    # a decoder that scales by k/8 rounds sizes up.
+    size, factor = source_size, (1.0, 1.0)
+    if scale < 1:
+        size = tuple(max(1, round(n * scale)) for n in source_size)
+        factor = tuple(eighths / 8 * n / decoded for n, decoded in zip(size, image.shape[:2], strict=True))
+        data = encode_jpeg(cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), options.quality)
+    depth = None
+    if frame.depth is not None:
+        depth = encode_depth(_stored_depth(frame, source_size, size, factor))
+    meta = FrameMeta(
+        extrinsics=frame.extrinsics,
+        intrinsics=scale_intrinsics(frame.intrinsics, factor[1], factor[0]),
+        height=size[0],
+        width=size[1],
+        depth_scale=frame.depth_scale,
+        source=frame.path,
+        jpg_crc=zlib.crc32(data),
+        depth_crc=None if depth is None else zlib.crc32(depth),
+    )
+    return PackedFrame(jpeg=data, depth=depth, meta=meta)
+
+
+def check_camera(frame: Frame) -> None:
+    """Raises BadFrameError unless the camera is finite, a rotation, of positive focal lengths and not skewed."""
+    if not np.isfinite(frame.extrinsics).all() or not np.isfinite(frame.intrinsics).all():
+        raise BadFrameError("camera is not finite")
+    rotation = frame.extrinsics[:, :3]
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > ROTATION_TOLERANCE or np.linalg.det(rotation) < 0:
+        raise BadFrameError("camera is not a rotation")
+    k = frame.intrinsics
+    if k[0, 0] <= 0 or k[1, 1] <= 0 or (k[2] != (0, 0, 1)).any():
+        raise BadFrameError("intrinsics are not [fx 0 cx; 0 fy cy; 0 0 1]")
+    if max(abs(k[0, 1]), abs(k[1, 0])) > SKEW_TOLERANCE * k[0, 0]:
+        raise BadFrameError("intrinsics are skewed")
+
+
+def _stored_depth(
+    frame: Frame, source: tuple[int, int], size: tuple[int, ...], factor: tuple[float, ...]
+) -> NDArray[np.float16]:
+    """Half floats of the stored size, 0 where unknown: picked from the source's pixels, never averaged."""
+    assert frame.depth is not None
+    bits = _read_png(frame.depth, "depth", np.uint16)
+    mask = None if frame.mask is None else _read_png(frame.mask, "depth mask", np.uint8)
+    for name, array in (("depth", bits), ("depth mask", mask)):
+        if array is not None and array.shape != source:
+            raise BadFrameError(f"{name} is not of the image's size", f"{array.shape} against {source}")
+    if size != source:
+        rows, columns = (
+            nearest((np.arange(n) + 0.5) / f - 0.5, m) for n, f, m in zip(size, factor, source, strict=True)
+        )
+        bits = bits[rows[:, None], columns]
+        mask = None if mask is None else mask[rows[:, None], columns]
+    depth = bits.view(np.float16)
+    valid = np.isfinite(depth) & (depth > 0)
+    if mask is not None:
+        valid &= mask > MASK_THRESHOLD
+    if valid.any():
+        far = np.percentile(depth[valid].astype(np.float32), FAR_PERCENTILE)
+        valid &= depth <= far
+    return np.where(valid, depth, np.float16(0))
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadFrameError(f"{what} is missing") from error
+    except OSError as error:
+        raise BadFrameError(f"{what} is not readable", str(error)) from error
+
+
+def _read_png(path: Path, what: str, dtype: type) -> np.ndarray:
+    """A PNG of one channel of this dtype: [H, W]. Raises BadFrameError."""
+    data = _read(path, what)
+    if PNG_END not in data[-64:]:  # OpenCV fills what is missing with zeros and says nothing
+        raise BadFrameError(f"{what} is truncated")
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise BadFrameError(f"{what} is damaged")
+    if image.dtype != dtype or image.ndim != 2:
+        raise BadFrameError(f"{what} is not a {8 * np.dtype(dtype).itemsize}-bit grey PNG")
+    return image

@@ -1,0 +1,5 @@
+"""The shard format: posed frames with depth in WebDataset tars, with an index of fixed-size rows. No torch here."""
+
+from shards.reader import DamagedMemberError, ShardSet, open  # noqa: A004
+
+__all__ = ["DamagedMemberError", "ShardSet", "open"]

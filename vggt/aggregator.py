@@ -1,0 +1,67 @@
+"""The trunk of VGGT (arXiv:2503.11651): attention in turn within each view and across all views of a scene."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vggt.config import VGGTConfig
+from vggt.layers import Block, rope_table
+from vggt.memory import run_block
+from vggt.vit import VisionTransformer
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Aggregator(nn.Module):
+    def __init__(self, config: VGGTConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.config = config
+        self.patch_embed = VisionTransformer(config)
+        # One pair of each: index 0 for the reference view, index 1 for all the others.
+        self.camera_token = nn.Parameter(torch.randn(1, 2, 1, dim) * 1e-6)
+        self.register_token = nn.Parameter(torch.randn(1, 2, config.registers, dim) * 1e-6)
+        self.frame_blocks = self._blocks()
+        self.global_blocks = self._blocks()
+        for name, value in (("_mean", IMAGENET_MEAN), ("_std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(value).view(1, 1, 3, 1, 1), persistent=False)
+
+    def _blocks(self) -> nn.ModuleList:
+        c = self.config
+        return nn.ModuleList(
+            Block(c.embed_dim, c.num_heads, eps=1e-5, layer_scale=0.01, qk_norm=True) for _ in range(c.depth)
+        )
+
+    @property
+    def num_special(self) -> int:
+        """Tokens ahead of the patches of each view: the camera token and the registers."""
+        return 1 + self.config.registers
+
+    def forward(self, images: Tensor, keep: set[int]) -> dict[int, Tensor]:
+        """Images [B, S, 3, H, W] in [0, 1] -> {pair: tokens [B, S, P, 2 * dim]} for the pairs in `keep`.
+
+        P = special tokens + H/14 * W/14; the tokens are the frame-wise and the scene-wise output, concatenated.
+        """
+        b, s, _, height, width = images.shape
+        images = (images - self._mean) / self._std
+        patches = self.patch_embed(images.flatten(0, 1))  # [B * S, H/14 * W/14, dim]
+        special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, special, dim]
+        special = torch.cat([special[:, :1], special[:, 1:].expand(-1, s - 1, -1, -1)], dim=1)  # [1, S, ...]
+        special = special.expand(b, -1, -1, -1).flatten(0, 1).to(patches.dtype)
+        x = torch.cat([special, patches], dim=1)  # [B * S, P, dim]
+        p, dim = x.shape[1:]
+        head_dim = dim // self.config.num_heads
+        rows, columns = height // self.config.patch_size, width // self.config.patch_size
+        cos, sin = rope_table(rows, columns, self.num_special, head_dim, self.config.rope_base, x.device)
+        rope, scene_rope = (cos, sin), (cos.repeat(s, 1), sin.repeat(s, 1))
+
+        kept = {}
+        for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
+            x = run_block(frame_block, x.reshape(b * s, p, dim), rope)
+            frame = x
+            x = run_block(global_block, x.view(b, s * p, dim), scene_rope)
+            if i in keep:
+                kept[i] = torch.cat([frame.view(b, s, p, dim), x.view(b, s, p, dim)], dim=-1)
+        return kept

@@ -1,0 +1,80 @@
+"""What a VGGT is made of. The defaults are the published 1.26-billion-parameter model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEADS = ("camera", "depth", "point")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VGGTConfig:
+    """Sizes of every part. Widths in channels, image_size in pixels, layers counted from 0."""
+
+    patch_size: int = 14
+    image_size: int = 518  # side of the square whose patch positions are stored
+    embed_dim: int = 1024
+    vit_depth: int = 24
+    vit_heads: int = 16
+    vit_registers: int = 4
+    depth: int = 24  # pairs of a frame-wise and a scene-wise block
+    num_heads: int = 16
+    registers: int = 4
+    rope_base: float = 100.0
+    camera_depth: int = 4
+    camera_heads: int = 16
+    dense_layers: tuple[int, int, int, int] = (4, 11, 17, 23)  # pairs whose output the dense heads read
+    dense_features: int = 256
+    dense_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
+    heads: tuple[str, ...] = HEADS
+    head_chunk: int | None = 8  # frames that go through a dense head at a time; None: all
+
+    def __post_init__(self) -> None:
+        unknown = set(self.heads) - set(HEADS)
+        if unknown:
+            raise ValueError(f"heads: expected some of {', '.join(HEADS)}, found {', '.join(sorted(unknown))}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.head_chunk is not None and self.head_chunk < 1:
+            raise ValueError(f"head_chunk: expected at least 1 frame or null, found {self.head_chunk}")
+        if self.embed_dim // self.num_heads % 4:
+            raise ValueError("embed_dim / num_heads must be a multiple of 4 for 2D rotary positions")
+
+
+# The smallest model of the same architecture: for tests, and the one the reference figures were made with.
+_TINY = {
+    "image_size": 70,
+    "embed_dim": 64,
+    "vit_depth": 3,
+    "vit_heads": 4,
+    "depth": 4,
+    "num_heads": 4,
+    "camera_depth": 2,
+    "camera_heads": 4,
+    "dense_layers": (0, 1, 2, 3),
+    "dense_features": 32,
+    "dense_channels": (16, 32, 64, 64),
+}
+# Learns something from scratch in minutes on two cores.
+_DEMO = {
+    "image_size": 140,
+    "embed_dim": 128,
+    "vit_depth": 4,
+    "vit_heads": 4,
+    "depth": 4,
+    "num_heads": 4,
+    "camera_depth": 2,
+    "camera_heads": 4,
+    "dense_layers": (0, 1, 2, 3),
+    "dense_features": 32,
+    "dense_channels": (32, 64, 96, 128),
+}
+_PRESETS = {"1b": {}, "demo": _DEMO, "tiny": _TINY}
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str, *, heads: tuple[str, ...] = HEADS, head_chunk: int | None = 8) -> VGGTConfig:
+    """The configuration of a model by name: 1b (published), demo or tiny. Raises ValueError for another name."""
+    if name not in _PRESETS:
+        raise ValueError(f"model preset: expected one of {', '.join(PRESETS)}, found {name!r}")
+    return VGGTConfig(**_PRESETS[name], heads=heads, head_chunk=head_chunk)

@@ -1,0 +1,145 @@
+"""Dense prediction head (DPT, arXiv:2103.13413): tokens of four depths of the trunk -> one map a view."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vggt.config import VGGTConfig
+from vggt.memory import map_frames
+
+POSITION_SCALE = 0.1
+POSITION_BASE = 100.0
+
+
+class ResidualUnit(nn.Module):
+    """conv(relu(conv(relu(x)))) + relu(x) on [N, C, h, w]: the published skip carries relu(x), not x."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, features, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        return self.conv2(F.relu(self.conv1(x))) + x
+
+
+class Fusion(nn.Module):
+    """Adds a skip to the deeper map, refines and resizes it. The deepest fusion has no skip."""
+
+    def __init__(self, features: int, has_skip: bool) -> None:
+        super().__init__()
+        if has_skip:
+            self.resConfUnit1 = ResidualUnit(features)
+        self.resConfUnit2 = ResidualUnit(features)
+        self.out_conv = nn.Conv2d(features, features, 1)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """x [N, C, h, w], skip the same or None -> [N, C, *size]."""
+        if skip is not None:
+            x = x + self.resConfUnit1(skip)
+        return self.out_conv(resize(self.resConfUnit2(x), size))
+
+
+class Scratch(nn.Module):
+    """The convolutions behind the projections, under the names of the published checkpoint."""
+
+    def __init__(self, channels: tuple[int, ...], features: int, outputs: int) -> None:
+        super().__init__()
+        self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
+            nn.Conv2d(c, features, 3, padding=1, bias=False) for c in channels
+        )
+        self.refinenet1 = Fusion(features, has_skip=True)
+        self.refinenet2 = Fusion(features, has_skip=True)
+        self.refinenet3 = Fusion(features, has_skip=True)
+        self.refinenet4 = Fusion(features, has_skip=False)
+        self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
+        self.output_conv2 = nn.Sequential(
+            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, outputs, 1)
+        )
+
+
+class DenseHead(nn.Module):
+    """outputs: channels of the map, the last one its confidence (2 for depth, 4 for points)."""
+
+    def __init__(self, config: VGGTConfig, outputs: int) -> None:
+        super().__init__()
+        dim, channels = 2 * config.embed_dim, config.dense_channels
+        self.patch_size = config.patch_size
+        self.chunk = config.head_chunk
+        self.norm = nn.LayerNorm(dim)
+        self.projects = nn.ModuleList(nn.Conv2d(dim, c, 1) for c in channels)
+        self.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(channels[0], channels[0], 4, stride=4),
+                nn.ConvTranspose2d(channels[1], channels[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(channels[3], channels[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.scratch = Scratch(channels, config.dense_features, outputs)
+
+    def forward(self, tokens: list[Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Tokens of four pairs, each [B, S, P, 2 * dim], the patches last -> raw maps and raw confidence.
+
+        Returns [B, S, H, W, outputs - 1] and [B, S, H, W], before their activations. Frames do not see each
+        other here, so they pass in chunks: the full-resolution maps are the largest tensors of the model.
+        """
+        b, s = tokens[0].shape[:2]
+        # In float32 whatever the autocast outside: exp() of the outputs leaves no room for bf16.
+        with torch.autocast(tokens[0].device.type, enabled=False):
+            (maps,) = map_frames(
+                lambda part: (self._frames(part, height, width),),
+                [t.flatten(0, 1) for t in tokens],
+                self.chunk,
+            )
+        maps = maps.view(b, s, *maps.shape[1:])
+        return maps[..., :-1], maps[..., -1]
+
+    def _frames(self, tokens: list[Tensor], height: int, width: int) -> Tensor:
+        """Four [N, P, 2 * dim] -> [N, H, W, outputs]."""
+        rows, columns = height // self.patch_size, width // self.patch_size
+        aspect = width / height
+        levels = []
+        for x, project, resize_layer in zip(tokens, self.projects, self.resize_layers, strict=True):
+            x = x[:, -rows * columns :].float()
+            x = self.norm(x).transpose(1, 2).unflatten(2, (rows, columns))  # [N, 2 * dim, rows, columns]
+            levels.append(resize_layer(add_position(project(x), aspect)))
+        s = self.scratch
+        rn = (s.layer1_rn, s.layer2_rn, s.layer3_rn, s.layer4_rn)
+        skips = [layer(x) for layer, x in zip(rn, levels, strict=True)]
+        x = s.refinenet4(skips[3], None, skips[2].shape[-2:])
+        x = s.refinenet3(x, skips[2], skips[1].shape[-2:])
+        x = s.refinenet2(x, skips[1], skips[0].shape[-2:])
+        x = s.refinenet1(x, skips[0], (2 * skips[0].shape[-2], 2 * skips[0].shape[-1]))
+        x = resize(s.output_conv1(x), (height, width))
+        return s.output_conv2(add_position(x, aspect)).permute(0, 2, 3, 1)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, corners aligned: [N, C, h, w] -> [N, C, *size]."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def add_position(x: Tensor, aspect: float) -> Tensor:
+    """Adds a sine-cosine code of each pixel's place to [N, C, h, w]; aspect = image width / height.
+
+    Half the channels code x, half y, so two short tables are enough: no map of [C, h, w] is made.
+    """
+    _, channels, h, w = x.shape
+    norm = (aspect**2 + 1) ** 0.5
+    code_x = axis_code(w, aspect / norm, channels // 2, x)  # [C/2, w]
+    code_y = axis_code(h, 1 / norm, channels // 2, x)  # [C/2, h]
+    code = torch.cat([code_x[:, None, :].expand(-1, h, -1), code_y[:, :, None].expand(-1, -1, w)])
+    return x + POSITION_SCALE * code
+
+
+def axis_code(n: int, span: float, channels: int, like: Tensor) -> Tensor:
+    """Sines, then cosines, of n pixel centres spread over (-span, span): [channels, n], as `like`."""
+    edge = span * (n - 1) / n
+    place = torch.linspace(-edge, edge, n, device=like.device, dtype=torch.float32).double()
+    exponent = torch.arange(channels // 2, device=like.device, dtype=torch.float64) / (channels // 2)
+    angle = POSITION_BASE ** -exponent[:, None] * place
+    return torch.cat([angle.sin(), angle.cos()]).to(like.dtype)
