@@ -37,10 +37,10 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes forked from a server that has the imports done and no threads running."""
+def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes forked from a server that has imported these modules and has no threads running."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prep.pack", "prep.synth", "webdataset"])
+    context.set_forkserver_preload(preload)
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
         yield pool
@@ -83,9 +83,7 @@ def main() -> None:
 @click.option("--category", "categories", multiple=True, help="Only this category (repeatable).")
 @click.option("--short-side", type=click.IntRange(0), default=648, show_default=True, help="Pixels; 0 keeps the files.")
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of resized JPEGs.")
-@click.option(
-    "--min-frames", type=click.IntRange(1), default=24, show_default=True, help="Leave out shorter sequences."
-)
+@click.option("--min-frames", type=click.IntRange(1), default=24, show_default=True, help="Of a sequence, at least.")
 @click.option("--shard-frames", type=click.IntRange(1), default=500, show_default=True, help="A shard is full at that.")
 @click.option("--max-bad", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Share of bad frames.")
 @workers_option
@@ -112,7 +110,7 @@ def pack_command(
     vggt-prep pack --co3d-dir co3d --annotation-dir co3d_anno --out apples --category apple
     """
     options = PackOptions(short_side=short_side, quality=quality, min_frames=min_frames, shard_frames=shard_frames)
-    with plain_errors(), process_pool(workers) as pool, progress_bar("frames") as bar:
+    with plain_errors(), process_pool(workers, ["prep.pack", "webdataset"]) as pool, progress_bar("frames") as bar:
         source = Co3D(co3d_dir, annotation_dir, splits or None, categories or None)
         task = bar.add_task("packing", total=None)
         result = pack(
@@ -157,7 +155,7 @@ def synth_command(out: Path, scenes: int, frames: int, seed: int, workers: int) 
     vggt-prep pack --co3d-dir data/synth/co3d --annotation-dir data/synth/annotations --out data/shards
     """
     options = SynthOptions(scenes=scenes, frames=frames, seed=seed)
-    with plain_errors(), process_pool(workers) as pool, progress_bar("scenes") as bar:
+    with plain_errors(), process_pool(workers, ["prep.synth"]) as pool, progress_bar("scenes") as bar:
         task = bar.add_task("rendering", total=scenes)
         made = synth(out, options, pool, on_scene=lambda: bar.advance(task))
         bar.update(task, completed=scenes)
