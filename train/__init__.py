@@ -1,0 +1,1 @@
+"""The trainer: plan -> loader -> losses -> loop -> checkpoints."""

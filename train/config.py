@@ -1,0 +1,171 @@
+"""The configuration of a run: frozen dataclasses, filled from defaults < YAML < key=value, checked on the way.
+
+Each module owns the dataclass that configures it; TrainConfig is those, composed. Its defaults are the published
+recipe, which train/configs/default.yaml spells out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from train.checkpoint import CheckpointConfig
+from train.losses import LossConfig
+from train.optim import OptimConfig
+from train.plan import DataConfig
+from vggt.config import PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    preset: str = "1b"
+    freeze: tuple[str, ...] = ("aggregator*",)
+    head_chunk: int | None = 8
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {self.preset!r}")
+        if self.head_chunk is not None and self.head_chunk < 1:
+            raise ValueError(f"head_chunk: expected at least 1 frame, or null for all, found {self.head_chunk}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    init: str | None = None
+    out_dir: str = "runs/finetune"
+    seed: int = 0
+    epochs: int = 20
+    steps_per_epoch: int = 800
+    max_steps: int | None = None
+    max_img_per_gpu: int = 48
+    accum_steps: int = 2
+    strategy: Literal["ddp"] = "ddp"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    val_every: int = 800
+    log_every: int = 10
+    max_skipped: int = 20
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps_per_epoch", "max_img_per_gpu", "accum_steps", "val_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, or null for epochs, found {self.max_steps}")
+        if self.max_img_per_gpu < self.data.views[1]:
+            raise ValueError(
+                f"max_img_per_gpu: {self.max_img_per_gpu} is less than the {self.data.views[1]} views that "
+                "data.views allows a scene; raise it or lower data.views"
+            )
+        if self.model.freeze and self.init is None:
+            raise ValueError(
+                f"init: not given, but model.freeze={list(self.model.freeze)} keeps weights as they are, and random "
+                "ones teach nobody anything; give init=... (a checkpoint), or model.freeze=[]"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_steps or self.epochs * self.steps_per_epoch
+
+
+def load_config(file: str | Path | None, overrides: list[str]) -> TrainConfig:
+    """The configuration of `file` (YAML; None: the defaults) with key=value overrides such as data.shards=DIR.
+
+    Raises ValueError naming the key, what was expected and what was found, with the nearest name for unknown keys.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--config {file}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {file}: not readable as YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(loaded, dict | None):
+            raise ValueError(f"--config {file}: expected keys and values, found {type(loaded).__name__}")
+        values = loaded or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r}: expected key=value, such as seed=1 or data.shards=data/shards")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key}: {text!r} is not readable as a YAML value") from error
+        *parents, leaf = key.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"{key}: {parent} is a value, not a section")
+        target[leaf] = value
+    return _build(TrainConfig, values, "")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as YAML's types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    types_of = get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+            raise ValueError(f"{prefix}{key}: no such key; the nearest is {prefix}{near[0]}")
+    arguments = {key: _convert(types_of[key], value, f"{prefix}{key}") for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """`value` as YAML gave it, as the type `kind`. Raises ValueError naming the key."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: expected a section of keys, found {value!r}")
+        return _build(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, name)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.0)[0]
+            choices = ", ".join(map(str, arguments))
+            raise ValueError(f"{name}: expected one of {choices}, found {value!r}; the nearest is {near}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
+            length = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
+            raise ValueError(f"{name}: expected a list{length} such as [{arguments[0].__name__}, ...], found {value!r}")
+        return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if kind is float and isinstance(value, str):  # YAML 1.1 takes 5e-5 for a word
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name}: expected {kind.__name__}, found {value!r} ({type(value).__name__})")
+    return value

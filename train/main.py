@@ -1,0 +1,264 @@
+"""Train VGGT on a shard set.
+
+    torchrun --nproc_per_node=2 train/main.py --config train/configs/default.yaml data.shards=S init=vggt.pt
+    python train/main.py --config train/configs/demo.yaml data.shards=S
+
+One process a GPU (or a few on CPUs). The same command again goes on from the last checkpoint in out_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+
+import shards
+from shards import ShardSet
+from train.checkpoint import load_newest, save
+from train.config import TrainConfig, load_config, to_dict
+from train.distributed import World, start_world
+from train.loader import Split, TrainingSteps, make_loader, worker_count
+from train.optim import freeze, make_optimizer, set_lr
+from train.pictures import contact_sheet, save_picture
+from train.plan import DataState
+from train.prepare import prepare
+from train.report import Reporter, memory_gb
+from train.step import checkpoint_content, train_step
+from train.summary import describe_run, describe_start
+from train.validate import Validation, validate
+from vggt import VGGT, preset
+from vggt.weights import load_weights
+
+# May change between a run and its resumption; anything else would make it another run.
+MAY_CHANGE = ("out_dir", "epochs", "max_steps", "val_every", "log_every", "max_skipped", "checkpoint", "init")
+DATA_MAY_CHANGE = ("shards", "workers", "max_bad", "val_split", "val_scenes", "val_views", "val_aspect")
+REQUEUE_FILE = "requeue"
+SHEET_FILE = "contact_sheet.png"
+MIN_TRIED = 200  # frames, before a share of bad ones means anything
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file; without it the defaults, which are train/configs/default.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 data.workers=4")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        with start_world() as world:
+            run(config, world)
+    except (ValueError, OSError) as error:
+        # The first rank speaks for all: the others wait, for torchrun kills everyone as soon as one has exited.
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def run(config: TrainConfig, world: World) -> None:
+    # Data
+    if config.data.shards is None:
+        raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack")
+    shard_set = shards.open(config.data.shards)
+    train_split = Split(shard_set, config.data.train_split)
+    has_val = config.data.val_split in shard_set.dataset["splits"]
+    val_split = Split(shard_set, config.data.val_split) if has_val else None
+    workers = worker_count(config.data.workers, world.local_size)
+
+    # Model
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    saved = load_newest(out_dir / "checkpoints")
+    check_resumable(saved, config, shard_set)
+    torch.manual_seed(config.seed)
+    model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
+    if config.init is not None and saved is None:
+        load_weights(model, config.init)
+    freeze(model, config.model.freeze)
+    model.to(world.device).train()
+
+    # Optimizer and resume
+    optimizer = make_optimizer(model, config.optim)
+    state = DataState()
+    if saved is not None:
+        path, content = saved
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        state = DataState(**content["data"])
+        del content, saved
+    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+
+    reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=config.total_steps)
+    if state.step:
+        reporter.say(f"resuming {out_dir} at step {state.step} of {config.total_steps}, from {path}")
+    if state.step >= config.total_steps:
+        reporter.say("it is finished: nothing to do. Raise epochs or max_steps to go on, or give another out_dir")
+        return
+    if world.is_main:
+        (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+        (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
+    reporter.say(describe_start(config, model, train_split, val_split, world, workers))
+
+    def evaluate(step: int) -> None:
+        if val_split is None:
+            return
+        result = validate(model, val_split, config, world, workers)
+        reporter.scalars(step, config.data.val_split, result.figures)
+        reporter.say(f"step {step}: {config.data.val_split} objective {result.figures['loss_objective']:.4f}")
+        publish_pictures(result, step, out_dir, reporter)
+
+    def save_checkpoint(after: DataState) -> None:
+        if world.is_main:
+            content = checkpoint_content(
+                model, optimizer, data=vars(after), config=to_dict(config), shards=shard_set.digest
+            )
+            save(out_dir / "checkpoints", after.step, content, config.checkpoint)
+        world.barrier()
+
+    # Loop
+    with reporter:
+        stopped = train(config, world, ddp, optimizer, train_split, state, workers, reporter, evaluate, save_checkpoint)
+        if stopped:
+            reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command goes on from there")
+            if world.is_main:
+                (out_dir / REQUEUE_FILE).touch()
+            return
+
+    # Summary
+    reporter.say(describe_run(config, out_dir) if world.is_main else "")
+
+
+def train(
+    config: TrainConfig,
+    world: World,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    state: DataState,
+    workers: int,
+    reporter: Reporter,
+    evaluate: Any,
+    save_checkpoint: Any,
+) -> bool:
+    """Train from `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
+    ranks = {"max_img_per_gpu": config.max_img_per_gpu, "rank": world.rank, "world_size": world.size}
+    dataset = TrainingSteps(split, config.data, seed=config.seed, state=state, last_step=config.total_steps, **ranks)
+    pin = world.device.type == "cuda"
+    batches = iter(make_loader(dataset, workers, pin_memory=pin))
+    stop_asked = catch_signals()
+    if state.step == 0:
+        evaluate(0)
+    window = Window()
+    skipped = bad = tried = 0
+    for _ in range(state.step, config.total_steps):
+        began = time.perf_counter()
+        raw = next(batches)
+        waited = time.perf_counter() - began
+        step = raw["after"].step  # counts the steps that are done
+        lr = set_lr(optimizer, config.optim, step - 1, config.total_steps)
+        batch = prepare(raw, world.device, with_points=config.loss.point > 0)
+        outcome = train_step(
+            model, optimizer, batch, config, world, stop=bool(stop_asked), bad=raw["bad"], tried=raw["tried"]
+        )
+        bad, tried = bad + outcome.bad, tried + outcome.tried
+        if tried >= MIN_TRIED and bad > config.data.max_bad * tried:
+            raise ValueError(
+                f"{bad} of {tried} frames read are damaged, more than data.max_bad={config.data.max_bad:g}: "
+                f"see the warnings above, and pack {split.shard_set.root} again"
+            )
+        skipped = 0 if outcome.finite else skipped + 1
+        if not outcome.finite:
+            keys = [key for rank_keys in world.gather(raw["keys"]) for key in rank_keys]
+            reporter.scalars(step, "skipped", {"skipped": skipped})
+            reporter.say(f"step {step}: skipped on all ranks, as a loss or gradient is not finite; scenes: {keys}")
+            if skipped > config.max_skipped:
+                raise ValueError(
+                    f"{skipped} steps in a row were not finite (max_skipped={config.max_skipped}): lower optim.lr, or "
+                    "look at the scenes listed above"
+                )
+        window.add(outcome.terms, outcome.norms, batch["images"].shape[:2].numel(), began, waited)
+        if step % config.log_every == 0 or step == config.total_steps:
+            values = window.close(world) | {"lr": lr} | memory_gb(world.device)
+            reporter.scalars(step, config.data.train_split, values)
+            reporter.progress(step, values)
+        if step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop:
+            save_checkpoint(raw["after"])
+        if outcome.stop and step < config.total_steps:
+            return True
+        if step % config.val_every == 0 or step == config.total_steps:
+            evaluate(step)
+    return False
+
+
+class Window:
+    """Sums of what a log line averages over."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps, self.images, self.waited, self.seconds = 0, 0, 0.0, 0.0
+
+    def add(
+        self, terms: dict[str, torch.Tensor], norms: dict[str, torch.Tensor], images: int, began: float, waited: float
+    ) -> None:
+        for name, value in (terms | {f"grad_norm_{k}": v for k, v in norms.items()}).items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps, self.images = self.steps + 1, self.images + images
+        self.waited, self.seconds = self.waited + waited, self.seconds + time.perf_counter() - began
+
+    def close(self, world: World) -> dict[str, float]:
+        """The means over the steps and over the ranks; the window starts anew."""
+        values = torch.stack(list(self.sums.values())).double() / self.steps
+        means = (world.sum(values) / world.size).tolist()
+        rates = {"images_per_s": self.images * world.size / self.seconds, "data_wait": self.waited / self.seconds}
+        result = dict(zip(self.sums, means, strict=True)) | rates
+        self.__init__()
+        return result
+
+
+def check_resumable(saved: tuple[Path, dict[str, Any]] | None, config: TrainConfig, shard_set: ShardSet) -> None:
+    """Raises ValueError if the run in out_dir was another one: other settings, or other data."""
+    if saved is None:
+        return
+    path, content = saved
+    advice = f"give another out_dir, or remove {config.out_dir} to start anew"
+    if content["shards"] != shard_set.digest:
+        raise ValueError(f"{path}: was trained on other shards than {shard_set.root}; {advice}")
+    now, before = to_dict(config), content["config"]
+    for section, may_change in ((None, MAY_CHANGE), ("data", DATA_MAY_CHANGE)):
+        a, b = (now, before) if section is None else (now.pop(section), before.pop(section))
+        for key in a:
+            if key not in may_change and key != "data" and a[key] != b.get(key):
+                name = f"{section}.{key}" if section else key
+                raise ValueError(f"{path}: was trained with {name}={b.get(key)!r}, now it is {a[key]!r}; {advice}")
+
+
+def publish_pictures(result: Validation, step: int, out_dir: Path, reporter: Reporter) -> None:
+    if result.scenes and reporter.is_main:
+        sheet = contact_sheet(result.scenes, f"after {step} steps; depths in units of each scene's mean point distance")
+        save_picture(out_dir / SHEET_FILE, sheet)
+        reporter.picture(step, "contact_sheet", sheet)
+
+
+def catch_signals() -> list[int]:
+    """A list that gets the number of the first signal that asks to stop; a second one kills as usual."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, note)
+    return received
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What people see of a run: one progress line (plain lines without a terminal), metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Reporter:
+    """Writes on the main rank, and does nothing on the others. A context manager."""
+
+    def __init__(self, out_dir: Path, *, is_main: bool, first_step: int, total_steps: int) -> None:
+        self.is_main, self.out_dir = is_main, out_dir
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
+        self.live = is_main and sys.stdout.isatty()
+        handler = RichHandler(console=Console(stderr=True), show_path=False) if self.live else logging.StreamHandler()
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+        if not is_main:
+            return
+        _drop_after(out_dir / METRICS_FILE, first_step)
+        self._metrics = (out_dir / METRICS_FILE).open("a", encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # protobuf's, on import
+            from torch.utils.tensorboard import SummaryWriter
+        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, text="")
+        self._total = total_steps
+
+    def __enter__(self) -> Reporter:
+        if self.is_main:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.is_main:
+            self._progress.stop()
+            self._metrics.close()
+            self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self.console.print(text, markup=False)
+
+    def scalars(self, step: int, split: str, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and a TensorBoard point for each value."""
+        if not self.is_main:
+            return
+        self._metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def picture(self, step: int, name: str, image: NDArray[Any]) -> None:
+        if self.is_main:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """The training line after `step` steps."""
+        if not self.is_main:
+            return
+        terms = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in values.items() if k.startswith("loss_"))
+        text = f"{terms} | {values['images_per_s']:.1f} images/s, waiting for data {values['data_wait']:.0%}"
+        if "memory_gb" in values:
+            text += f", {values['memory_gb']:.1f} GB"
+        self._progress.update(self._task, completed=step, text=text)
+        if not self.live:
+            self.say(f"step {step}/{self._total} {text}")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget the lines of steps that a resumed run takes again."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+        return float("inf")
+
+
+def memory_gb(device: torch.device) -> dict[str, float]:
+    """Peak GPU memory so far; nothing on a CPU."""
+    return {"memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}

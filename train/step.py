@@ -1,0 +1,91 @@
+"""One training step: chunks forward and backward, clipping, and one small all-reduce that decides for all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train.config import TrainConfig
+from train.distributed import World
+from train.losses import denominators, losses
+from train.optim import clip_gradients
+from train.prepare import Batch
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """terms and norms: loss terms and gradient norms, tensors on the device. The rest is the same on every rank."""
+
+    terms: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    finite: bool
+    stop: bool
+    bad: int
+    tried: int
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """bf16 around the aggregator if so configured; the heads turn it off for themselves."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
+    """Accumulate the gradients of a batch in at most accum_steps chunks of scenes, none of them empty.
+
+    Under DDP only the last chunk synchronises. Returns the loss terms of the batch, detached.
+    """
+    whole = denominators(batch, config.loss)
+    scenes = batch["images"].shape[0]
+    totals: dict[str, Tensor] = {}
+    bounds = torch.arange(scenes).tensor_split(min(config.accum_steps, scenes))
+    for i, members in enumerate(bounds):
+        chunk = {name: value[members[0] : members[-1] + 1] for name, value in batch.items()}
+        is_last = i == len(bounds) - 1
+        hold = isinstance(model, DistributedDataParallel) and not is_last
+        with model.no_sync() if hold else contextlib.nullcontext():
+            with autocast(config, chunk["images"].device):
+                predictions = model(chunk["images"])
+            terms = losses(predictions, chunk, whole, config.loss)
+            terms["loss_objective"].backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    return totals
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: TrainConfig,
+    world: World,
+    *,
+    stop: bool,
+    bad: int,
+    tried: int,
+) -> StepOutcome:
+    """Move the parameters by one step, unless the loss or a gradient is not finite on any rank.
+
+    stop, bad and tried are this rank's; the outcome's are over all ranks.
+    """
+    terms = forward_backward(model, batch, config)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    norms = clip_gradients(bare, config.optim.clip)
+    finite = torch.stack([terms["loss_objective"], *norms.values()]).isfinite().all()
+    # The step's only wait for the device, and the only all-reduce beside the gradients'.
+    flags = torch.stack([~finite, *torch.tensor([stop, bad, tried]).to(finite.device)]).double()
+    broken, stops, all_bad, all_tried = world.sum(flags).tolist()
+    if not broken:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepOutcome(terms, norms, not broken, stops > 0, int(all_bad), int(all_tried))
+
+
+def checkpoint_content(model: nn.Module, optimizer: torch.optim.Optimizer, **plain: Any) -> dict[str, Any]:
+    """What a checkpoint holds: tensors and plain values."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    return {"model": bare.state_dict(), "optimizer": optimizer.state_dict(), **plain}

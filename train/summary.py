@@ -1,0 +1,98 @@
+"""A run in words: what is about to happen, what happened, what the numbers mean, what to do next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from train.config import TrainConfig
+from train.distributed import World
+from train.loader import Split
+from train.plan import scenes_per_rank
+from train.report import METRICS_FILE
+
+MEANINGS = {
+    "loss_objective": ("objective", "what training minimises", "{:.3f}"),
+    "rotation_deg": ("camera rotation error", "between two views; 0 is perfect", "{:.1f} degrees"),
+    "translation_deg": (
+        "camera direction error",
+        "of the way between two views; a guess gives 57",
+        "{:.1f} degrees",
+    ),
+    "auc_30": (
+        "pose AUC@30",
+        "share of right pairs of views, over limits up to 30 degrees",
+        "{:.3f}",
+    ),
+    "depth_abs_rel": ("depth error", "mean share of the true depth, after one scale a scene", "{:.1%}"),
+}
+
+
+def describe_start(
+    config: TrainConfig, model: nn.Module, train: Split, val: Split | None, world: World, workers: int
+) -> str:
+    """What is trained on what: a few lines before the first step."""
+    counts = {name: [0, 0] for name, _ in model.named_children()}
+    for name, parameter in model.named_parameters():
+        counts[name.split(".")[0]][0 if parameter.requires_grad else 1] += parameter.numel()
+    parts = ", ".join(f"{name} {(t or f) / 1e6:.1f} M{'' if t else ' (frozen)'}" for name, (t, f) in counts.items())
+    low, high = config.data.views
+    scenes = [scenes_per_rank(config.max_img_per_gpu, n) for n in (high, low)]
+    held = f"{len(val.lengths):,} sequences in {config.data.val_split}" if val else "nothing (no such split)"
+    lines = [
+        f"model {config.model.preset}: {parts}",
+        f"data {config.data.shards}: {len(train.lengths):,} sequences of {int(train.lengths.sum()):,} frames; "
+        f"validating on {held}",
+        f"{world.size} process(es) on {world.device.type}, {config.precision}, {workers} loader worker(s) each; a step "
+        f"takes {scenes[0]} to {scenes[1]} scenes of {high} to {low} views a process, in {config.accum_steps} chunk(s)",
+        f"{config.total_steps:,} steps, validation every {config.val_every:,}, checkpoint every "
+        f"{config.checkpoint.every:,}; everything goes to {config.out_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def describe_run(config: TrainConfig, out_dir: Path) -> str:
+    """What a finished run achieved, from its metrics.jsonl."""
+    lines = [json.loads(line) for line in (out_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    trained = [line for line in lines if line["split"] == config.data.train_split]
+    tested = [line for line in lines if line["split"] == config.data.val_split]
+    text = [
+        "",
+        f"Done: {config.total_steps:,} steps. The training objective, over {config.log_every} steps, went from "
+        f"{trained[0]['loss_objective']:.3f} at first to {trained[-1]['loss_objective']:.3f} at last.",
+    ]
+    if len(tested) > 1:
+        text += _compare(tested[0], tested[-1], config)
+    text += [
+        "",
+        f"Look at  {out_dir}/contact_sheet.png  (views, predicted and true depth on one scale)",
+        f"    and  tensorboard --logdir {out_dir}/tensorboard",
+        f"The weights are in  {out_dir}/checkpoints/latest",
+        "",
+        *_next_steps(config),
+    ]
+    return "\n".join(text)
+
+
+def _compare(before: dict[str, Any], after: dict[str, Any], config: TrainConfig) -> list[str]:
+    text = [f"On sequences of the {config.data.val_split} split, never trained on, before -> after:"]
+    for key, (name, meaning, form) in MEANINGS.items():
+        if key in before and key in after:
+            text.append(f"  {name}: {form.format(before[key])} -> {form.format(after[key])}  ({meaning})")
+    verdict = (
+        "It generalises" if after["loss_objective"] < before["loss_objective"] else "It got worse on unseen scenes"
+    )
+    return [*text, f"{verdict}: the objective on them went {'down' if verdict[3] == 'g' else 'up'}."]
+
+
+def _next_steps(config: TrainConfig) -> list[str]:
+    if config.init is None:
+        return [
+            "This was a small model from scratch: it shows that everything works, not what VGGT can do. Next:",
+            "  your data:   make finetune CO3D_DIR=<co3d> CO3D_ANNOTATION_DIR=<annotations>",
+            "  VGGT itself: make finetune CO3D_DIR=... CO3D_ANNOTATION_DIR=... INIT=<the published checkpoint>",
+        ]
+    return ["Next: more steps (ARGS='max_steps=...'), or more data; stop when the figures above stop improving."]

@@ -1,0 +1,87 @@
+"""Validation: the same scenes in the same crops every time, so that two runs of it can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.config import TrainConfig
+from train.distributed import World
+from train.loader import Split, ValidationSteps, make_loader
+from train.losses import denominators, losses
+from train.metrics import depth_abs_rel, pair_errors, pose_auc
+from train.pictures import SceneResult
+from train.plan import validation_plan
+from train.prepare import Batch, prepare
+from train.step import autocast
+from vggt import VGGT
+from vggt.geometry import decode_pose
+
+PICTURED = 3  # scenes on the contact sheet
+
+
+@dataclass(frozen=True)
+class Validation:
+    """figures: means over the scenes of all ranks; scenes: those of this rank to be shown."""
+
+    figures: dict[str, float]
+    scenes: list[SceneResult]
+
+
+@torch.no_grad()
+def validate(model: VGGT, split: Split, config: TrainConfig, world: World, workers: int) -> Validation:
+    """The losses of training, and rotation, translation and depth errors, on the validation plan."""
+    model.eval()
+    names: list[str] = figure_names(config)
+    sums = torch.zeros(2, len(names), dtype=torch.float64)  # of the figures, and how many scenes had each
+    pictured: list[SceneResult] = []
+    steps = validation_plan(config.data, split.lengths, world.rank, world.size)
+    for raw in make_loader(ValidationSteps(split, steps), workers, pin_memory=world.device.type == "cuda"):
+        batch = prepare(raw, world.device, with_points=config.loss.point > 0)
+        with autocast(config, world.device):
+            predictions = model(batch["images"])
+        figures = scene_figures(predictions, batch, config)
+        for i, name in enumerate(names):
+            if name in figures:
+                sums[:, i] += torch.tensor([figures[name], 1], dtype=torch.float64)
+        if len(pictured) < PICTURED and "depth" in predictions:
+            pictured.append(
+                SceneResult(
+                    name=raw["keys"][0][0].rpartition("/")[0],
+                    images=batch["images"][0].cpu(),
+                    predicted=predictions["depth"][0, ..., 0].float().cpu(),
+                    truth=batch["depth"][0].cpu(),
+                    mask=batch["mask"][0].cpu(),
+                )
+            )
+    model.train()
+    totals, counts = world.sum(sums.to(world.device)).cpu()
+    return Validation({name: float(totals[i] / counts[i]) for i, name in enumerate(names) if counts[i] > 0}, pictured)
+
+
+def figure_names(config: TrainConfig) -> list[str]:
+    """Every figure that validation can give, in the same order on all ranks."""
+    names = ["loss_objective"]
+    if config.loss.camera > 0:
+        names += ["loss_camera", "loss_T", "loss_R", "loss_FL", "rotation_deg", "translation_deg", "auc_30"]
+    for name in ("depth", "point"):
+        if getattr(config.loss, name) > 0:
+            names += [f"loss_conf_{name}", f"loss_reg_{name}", f"loss_grad_{name}"]
+    return [*names, "depth_abs_rel"] if config.loss.depth > 0 else names
+
+
+def scene_figures(predictions: dict[str, Any], batch: Batch, config: TrainConfig) -> dict[str, float]:
+    """All figures of one scene, a batch of one."""
+    terms = losses(predictions, batch, denominators(batch, config.loss), config.loss)
+    figures = {name: float(value) for name, value in terms.items()}
+    if config.loss.camera > 0 and batch["images"].shape[1] > 1:
+        height, width = batch["images"].shape[-2:]
+        poses, _ = decode_pose(predictions["pose_enc"][0].double(), height, width)
+        rotation, translation = pair_errors(poses, batch["extrinsics"][0].double())
+        figures |= {"rotation_deg": float(rotation.mean()), "translation_deg": float(translation.mean())}
+        figures["auc_30"] = pose_auc(torch.maximum(rotation, translation), 30)
+    if config.loss.depth > 0 and bool(batch["has_scale"][0]):
+        figures["depth_abs_rel"] = float(depth_abs_rel(predictions["depth"][..., 0], batch["depth"], batch["mask"]))
+    return figures
