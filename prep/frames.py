@@ -8,7 +8,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from prep.source import Frame
 from shards.codecs import decode_jpeg, encode_depth, encode_jpeg, jpeg_size
@@ -95,7 +94,7 @@ def check_camera(frame: Frame) -> None:
 
 def _stored_depth(
     frame: Frame, source: tuple[int, int], size: tuple[int, ...], factor: tuple[float, ...]
-) -> NDArray[np.float16]:
+) -> np.ndarray:
     """Half floats of the stored size, 0 where unknown: picked from the source's pixels, never averaged."""
     assert frame.depth is not None
     bits = _read_png(frame.depth, "depth", np.uint16)

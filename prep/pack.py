@@ -16,8 +16,9 @@ import numpy as np
 
 from prep.frames import BadFrameError, FrameOptions, pack_frame
 from prep.source import Sequence, Source
+from shards.index import index_tar, write_index
 from shards.schema import DATASET_FILE, DEPTH, JPEG, META, REPORT_FILE, member_key
-from shards.writer import atomic_file, index_tar, write_index, write_json, write_tar
+from shards.writer import atomic_file, write_json, write_tar
 
 WORK_FOLDER = ".pack"  # in the output, until it is complete
 JOB_FILE = "job.json"

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = np.ndarray  # float32
 FAR = np.float32(np.inf)
 SHADOW_OFFSET = 1e-3  # of the unit: how far above its own surface a shadow ray starts
 
@@ -39,7 +38,9 @@ class Ground:
 
     def surface(self, points: Array) -> tuple[Array, Array]:
         """Normals [3, N] and texture coordinates [2, N] in repeats, for points on it [3, N]."""
-        return np.broadcast_to(np.float32([[0], [0], [1]]), points.shape), points[:2] / np.float32(self.tile)
+        return np.broadcast_to(np.array([[0], [0], [1]], dtype=np.float32), points.shape), points[:2] / np.float32(
+            self.tile
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +117,8 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
-    cam_from_world: NDArray[np.float64]  # [3, 4]
-    intrinsics: NDArray[np.float64]  # [3, 3]
+    cam_from_world: np.ndarray  # [3, 4]
+    intrinsics: np.ndarray  # [3, 3]
     height: int
     width: int
 
@@ -132,7 +133,7 @@ class Camera:
         return (-rotation.T @ self.cam_from_world[:, 3:]).astype(np.float32), direction.reshape(3, -1)
 
 
-def look_at(eye: NDArray[np.float64], target: NDArray[np.float64], roll: float) -> NDArray[np.float64]:
+def look_at(eye: np.ndarray, target: np.ndarray, roll: float) -> np.ndarray:
     """Camera-from-world [3, 4] of a camera at `eye` that looks at `target`, turned by `roll` radians about z."""
     forward = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(forward, [0.0, 0.0, 1.0])
@@ -143,7 +144,7 @@ def look_at(eye: NDArray[np.float64], target: NDArray[np.float64], roll: float) 
     return np.concatenate([rotation, -rotation @ eye[:, None]], axis=1)
 
 
-def render(scene: Scene, camera: Camera) -> tuple[NDArray[np.uint8], Array, Array]:
+def render(scene: Scene, camera: Camera) -> tuple[np.ndarray, Array, Array]:
     """RGB [H, W, 3], depth along z [H, W] (inf where there is nothing), and the cosine of the view angle [H, W]."""
     origin, direction = camera.rays()
     depths = np.stack([shape.intersect(origin, direction) for shape in scene.shapes])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +20,8 @@ class Frame:
     depth: Path | None  # 16-bit PNG of half floats; None: camera only
     mask: Path | None  # 8-bit PNG, depth counts where > 128; None: everywhere
     depth_scale: float
-    extrinsics: NDArray[np.float64]  # [3, 4], camera-from-world, OpenCV axes
-    intrinsics: NDArray[np.float64]  # [3, 3], pixels of the image, (0, 0) the centre of its top-left pixel
+    extrinsics: np.ndarray  # [3, 4], camera-from-world, OpenCV axes
+    intrinsics: np.ndarray  # [3, 3], pixels of the image, (0, 0) the centre of its top-left pixel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,10 @@ def _write_png(path: Path, image: np.ndarray, parameters: list[int]) -> None:
     path.write_bytes(cv2.imencode(".png", image, parameters)[1].tobytes())
 
 
+def f32(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32)
+
+
 def make_scene(rng: np.random.Generator, category: str) -> Scene:
     """Two to five things about the origin of a textured ground, in a unit of length of its own, under a low sun."""
     unit = float(rng.uniform(1, 8))  # structure from motion knows no metres either
@@ -110,20 +114,20 @@ def make_scene(rng: np.random.Generator, category: str) -> Scene:
         place = np.array([np.cos(angle), np.sin(angle)]) * distance
         texture, tile = make_texture(rng), rng.uniform(0.5, 1.2) * unit
         if round_one:
-            centre = np.float32([*place, size]) * np.float32(unit)
+            centre = f32([*place, size]) * f32(unit)
             shapes.append(Sphere(centre=centre, radius=size * unit, texture=texture, tile=tile))
         else:
             half = size * rng.uniform(0.5, 1.2, 3)
-            centre = np.float32([*place, half[2]]) * np.float32(unit)
+            centre = f32([*place, half[2]]) * f32(unit)
             yaw = rng.uniform(0, np.pi)
-            shapes.append(Box(centre=centre, half_size=np.float32(half * unit), yaw=yaw, texture=texture, tile=tile))
+            shapes.append(Box(centre=centre, half_size=f32(half * unit), yaw=yaw, texture=texture, tile=tile))
     azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.2)
-    sun = np.float32([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
+    sun = f32([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
     return Scene(
         shapes=tuple(shapes),
         sun=sun,
-        sun_colour=np.float32(rng.uniform(0.7, 1.1)) * np.float32([1, rng.uniform(0.88, 1), rng.uniform(0.75, 1)]),
-        sky_colour=np.float32(rng.uniform([0.35, 0.45, 0.55], [0.6, 0.7, 0.9])),
+        sun_colour=f32(rng.uniform(0.7, 1.1)) * f32([1, rng.uniform(0.88, 1), rng.uniform(0.75, 1)]),
+        sky_colour=f32(rng.uniform([0.35, 0.45, 0.55], [0.6, 0.7, 0.9])),
         unit=unit,
     )
 

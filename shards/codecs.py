@@ -5,20 +5,19 @@ from __future__ import annotations
 import numpy as np
 import simplejpeg
 import zstandard
-from numpy.typing import NDArray
 
 ZSTD_LEVEL = 3
 # DCT scales (eighths) that libjpeg-turbo decodes faster than the whole image; 5, 6 and 7 eighths are slower.
 DCT_EIGHTHS = (1, 2, 3, 4, 8)
 
 
-def encode_depth(depth: NDArray[np.float16]) -> bytes:
+def encode_depth(depth: np.ndarray) -> bytes:
     """Half floats [H, W] -> bytes: all low bytes, then all high bytes, compressed. Exact."""
     planes = np.ascontiguousarray(depth).view(np.uint8).reshape(-1, 2).T
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False).compress(planes.tobytes())
 
 
-def decode_depth(data: bytes, height: int, width: int) -> NDArray[np.float16]:
+def decode_depth(data: bytes, height: int, width: int) -> np.ndarray:
     """The inverse of encode_depth: half floats [H, W]. Raises ValueError unless `data` holds just that many."""
     size = 2 * height * width
     try:
@@ -35,10 +34,10 @@ def decode_depth(data: bytes, height: int, width: int) -> NDArray[np.float16]:
 def jpeg_size(data: bytes) -> tuple[int, int]:
     """Height and width of a JPEG in pixels. Raises ValueError if it is none."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    return height, width
+    return int(height), int(width)
 
 
-def decode_jpeg(data: bytes, scale: float = 1.0) -> tuple[NDArray[np.uint8], int]:
+def decode_jpeg(data: bytes, scale: float = 1.0) -> tuple[np.ndarray, int]:
     """RGB [h, w, 3] at the smallest fast DCT scale of at least `scale`, and that scale in eighths.
 
     A pixel edge at x of the file lies at x * eighths / 8 of the result, whose size is that of the file times
@@ -52,6 +51,6 @@ def decode_jpeg(data: bytes, scale: float = 1.0) -> tuple[NDArray[np.uint8], int
     return image, eighths
 
 
-def encode_jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
     """RGB [H, W, 3] -> JPEG with 4:2:0 chroma."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="420")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 
-def scale_intrinsics(intrinsics: NDArray[np.float64], scale_x: float, scale_y: float) -> NDArray[np.float64]:
+def scale_intrinsics(intrinsics: np.ndarray, scale_x: float, scale_y: float) -> np.ndarray:
     """Intrinsics [3, 3] of an image resized by these factors about its top-left *edge*."""
     scaled = intrinsics.copy()
     scaled[0] *= scale_x
@@ -16,7 +15,7 @@ def scale_intrinsics(intrinsics: NDArray[np.float64], scale_x: float, scale_y: f
     return scaled
 
 
-def nearest(coordinates: NDArray[np.float64], size: int) -> NDArray[np.intp]:
+def nearest(coordinates: np.ndarray, size: int) -> np.ndarray:
     """The pixel of 0 .. size - 1 nearest to each coordinate [n], without bias.
 
     Halfway between two pixels the lower and the upper one are taken in turn: always taking one of them would shift

@@ -88,7 +88,7 @@ class ShardSet:
         """The WebDataset key of a frame."""
         row = self.frames[frame]
         sequence = self.sequences[row["sequence"]]
-        return member_key(sequence["category"].decode(), sequence["name"].decode(), row["name"].decode())
+        return member_key(*(bytes(name).decode() for name in (sequence["category"], sequence["name"], row["name"])))
 
     def read(self, frame: int) -> tuple[bytes, bytes | None]:
         """The JPEG and the depth (None: camera only) of a frame, in one read. Raises DamagedMemberError."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 FORMAT = "vggt-shards"
 VERSION = 1
@@ -70,8 +69,8 @@ def row_crc(row: np.void) -> int:
 class FrameMeta:
     """The JSON member of a frame: all that its row of the index says but where the bytes lie."""
 
-    extrinsics: NDArray[np.float64]  # [3, 4]
-    intrinsics: NDArray[np.float64]  # [3, 3]
+    extrinsics: np.ndarray  # [3, 4]
+    intrinsics: np.ndarray  # [3, 3]
     height: int
     width: int
     depth_scale: float

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 STRENGTH = 0.5  # brightness, contrast and saturation change by a factor of 1 +- this
@@ -20,21 +19,21 @@ FIELDS = 9  # brightness, contrast, saturation, hue; their places in the order (
 LUMA = (0.2989, 0.587, 0.114)
 
 
-def draw_colour(rng: np.random.Generator, views: int) -> NDArray[np.float32]:
+def draw_colour(rng: np.random.Generator, views: int) -> np.ndarray:
     """The jitter of each view of a scene: [views, 9]."""
     if rng.random() < P_WHOLE_SCENE:
         return np.repeat(_draw(rng)[None], views, axis=0)
     return np.stack([_draw(rng) for _ in range(views)])
 
 
-def _draw(rng: np.random.Generator) -> NDArray[np.float32]:
+def _draw(rng: np.random.Generator) -> np.ndarray:
     factors = rng.uniform(1 - STRENGTH, 1 + STRENGTH, 3)
     hue = rng.uniform(-HUE, HUE)
     order = rng.permutation(4) if rng.random() < P_JITTER else np.full(4, -1)
     return np.array([*factors, hue, *order, rng.random() < P_GREY], dtype=np.float32)
 
 
-def no_colour(views: int) -> NDArray[np.float32]:
+def no_colour(views: int) -> np.ndarray:
     """The jitter that changes nothing: [views, 9]."""
     return np.repeat(np.array([[1, 1, 1, 0, -1, -1, -1, -1, 0]], dtype=np.float32), views, axis=0)
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -145,8 +145,8 @@ def crop_scale(
 
 
 def crop_image(
-    image: NDArray[np.uint8], decoded: float, centre: tuple[float, float], scale: float, shape: StepShape
-) -> NDArray[np.uint8]:
+    image: np.ndarray, decoded: float, centre: tuple[float, float], scale: float, shape: StepShape
+) -> np.ndarray:
     """Resample an image that was decoded at a share of its size, with the principal point in the target's centre.
 
     `centre` and `scale` are those of the undecoded image. Returns [H, W, 3].
@@ -164,9 +164,7 @@ def crop_image(
     )
 
 
-def crop_depth(
-    depth: NDArray[np.float16], centre: tuple[float, float], scale: float, shape: StepShape
-) -> NDArray[np.float16]:
+def crop_depth(depth: np.ndarray, centre: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
     """The same crop of a depth map, each pixel taken from its nearest one: depths are never averaged. [H, W]."""
     columns = nearest((np.arange(shape.width) - (shape.width - 1) / 2) / scale + centre[0], depth.shape[1])
     rows = nearest((np.arange(shape.height) - (shape.height - 1) / 2) / scale + centre[1], depth.shape[0])
@@ -225,6 +223,7 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
     Workers are forked from a server without threads: forked from a trainer that has already computed something,
     they wait for ever on locks of thread pools that did not come along.
     """
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's, not ours to mend
     context = None
     if workers:
         context = multiprocessing.get_context("forkserver")

@@ -112,7 +112,8 @@ def camera_loss(encodings: list[Tensor], batch: Batch, whole: Denominators, conf
     height, width = batch["images"].shape[-2:]
     truth = encode_pose(batch["extrinsics"], batch["intrinsics"], height, width)
     scaled = batch["has_scale"][:, None]  # [B, 1]
-    totals = dict.fromkeys(("loss_T", "loss_R", "loss_FL"), torch.zeros((), device=truth.device))
+    zero = torch.zeros((), device=truth.device)
+    totals: dict[str, Tensor] = {"loss_T": zero, "loss_R": zero, "loss_FL": zero}
     for i, encoding in enumerate(encodings):
         weight = ROUND_DECAY ** (len(encodings) - 1 - i) / len(encodings)
         error = encoding - truth

@@ -89,7 +89,7 @@ def run(config: TrainConfig, world: World) -> None:
     optimizer = make_optimizer(model, config.optim)
     state = DataState()
     if saved is not None:
-        path, content = saved
+        _, content = saved
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         state = DataState(**content["data"])
@@ -98,7 +98,7 @@ def run(config: TrainConfig, world: World) -> None:
 
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=config.total_steps)
     if state.step:
-        reporter.say(f"resuming {out_dir} at step {state.step} of {config.total_steps}, from {path}")
+        reporter.say(f"resuming {out_dir} at step {state.step} of {config.total_steps}, its last checkpoint")
     if state.step >= config.total_steps:
         reporter.say("it is finished: nothing to do. Raise epochs or max_steps to go on, or give another out_dir")
         return

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 GAP, TEXT_HEIGHT, BAR_WIDTH, MAX_VIEWS = 6, 22, 90, 6
@@ -27,7 +26,7 @@ class SceneResult:
     mask: Tensor
 
 
-def contact_sheet(scenes: list[SceneResult], title: str) -> NDArray[np.uint8]:
+def contact_sheet(scenes: list[SceneResult], title: str) -> np.ndarray:
     """RGB [H, W, 3]: three rows a scene (input, predicted depth, true depth), one column a view, a scale of depths.
 
     Grey where the truth is unknown. Near is red, far is blue, the same colours for the same depth within a scene.
@@ -42,11 +41,11 @@ def contact_sheet(scenes: list[SceneResult], title: str) -> NDArray[np.uint8]:
     return np.concatenate([header, *padded])
 
 
-def save_picture(path: Path, image: NDArray[np.uint8]) -> None:
+def save_picture(path: Path, image: np.ndarray) -> None:
     cv2.imwrite(str(path), image[..., ::-1])
 
 
-def _scene_block(scene: SceneResult) -> NDArray[np.uint8]:
+def _scene_block(scene: SceneResult) -> np.ndarray:
     views = min(MAX_VIEWS, len(scene.images))
     truth, mask = scene.truth[:views].numpy(), scene.mask[:views].numpy()
     predicted = scene.predicted[:views].numpy()
@@ -67,14 +66,14 @@ def _scene_block(scene: SceneResult) -> NDArray[np.uint8]:
     return np.concatenate([body, _scale_bar(body.shape[0], near, far)], axis=1)
 
 
-def colour_depth(depth: NDArray[np.float32], near: float, far: float) -> NDArray[np.uint8]:
+def colour_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     """Depth [..., H, W] -> RGB [..., H, W, 3]; near is red, far is blue."""
     share = 1 - np.clip((depth - near) / max(far - near, 1e-9), 0, 1)
     flat = (share * 255).astype(np.uint8).reshape(-1, 1)
     return cv2.applyColorMap(flat, cv2.COLORMAP_TURBO)[..., ::-1].reshape(*depth.shape, 3)
 
 
-def _scale_bar(height: int, near: float, far: float) -> NDArray[np.uint8]:
+def _scale_bar(height: int, near: float, far: float) -> np.ndarray:
     bar = np.full((height, BAR_WIDTH, 3), BACKGROUND, np.uint8)
     top, bottom = TEXT_HEIGHT, height - GAP
     ramp = np.linspace(near, far, bottom - top, dtype=np.float32)[:, None].repeat(14, axis=1)
@@ -86,7 +85,7 @@ def _scale_bar(height: int, near: float, far: float) -> NDArray[np.uint8]:
     return bar
 
 
-def _text(text: str, width: int) -> NDArray[np.uint8]:
+def _text(text: str, width: int) -> np.ndarray:
     line = np.full((TEXT_HEIGHT, width, 3), BACKGROUND, np.uint8)
     cv2.putText(line, text, (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, INK, 1, cv2.LINE_AA)
     return line

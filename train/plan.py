@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 PATCH = 14  # image sides are multiples of it
 NEARBY_WINDOW = 2  # frames that `nearby` chooses from, in multiples of the views drawn
@@ -111,7 +110,7 @@ def advance(config: DataConfig, seed: int, state: DataState, *, max_img_per_gpu:
 
 def plan_step(
     config: DataConfig,
-    lengths: NDArray[np.integer],
+    lengths: np.ndarray,
     seed: int,
     state: DataState,
     *,
@@ -127,7 +126,7 @@ def plan_step(
     return Step(shape, scenes, DataState(state.step + 1, state.position + world_size * count))
 
 
-def draw_scene(config: DataConfig, lengths: NDArray[np.integer], seed: int, position: int, views: int) -> Scene:
+def draw_scene(config: DataConfig, lengths: np.ndarray, seed: int, position: int, views: int) -> Scene:
     """The scene at a position of the stream: no frame twice, unless the sequence has fewer than `views`."""
     turn, place = divmod(position, len(lengths))
     sequence = int(_permutation(seed, turn, len(lengths))[place])
@@ -148,11 +147,11 @@ def draw_scene(config: DataConfig, lengths: NDArray[np.integer], seed: int, posi
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, turn: int, count: int) -> NDArray[np.intp]:
+def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, _ORDER, turn)).permutation(count)
 
 
-def validation_plan(config: DataConfig, lengths: NDArray[np.integer], rank: int, world_size: int) -> list[Step]:
+def validation_plan(config: DataConfig, lengths: np.ndarray, rank: int, world_size: int) -> list[Step]:
     """The scenes `rank` validates on, one a step: always the same, evenly spaced in the split and in each sequence."""
     count = min(config.val_scenes, len(lengths))
     chosen = np.linspace(0, len(lengths) - 1, count).round().astype(int)

@@ -8,10 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -73,7 +72,7 @@ class Reporter:
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
-    def picture(self, step: int, name: str, image: NDArray[Any]) -> None:
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
         if self.is_main:
             self._board.add_image(name, image, step, dataformats="HWC")
 

@@ -46,8 +46,10 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
     for i, members in enumerate(bounds):
         chunk = {name: value[members[0] : members[-1] + 1] for name, value in batch.items()}
         is_last = i == len(bounds) - 1
-        hold = isinstance(model, DistributedDataParallel) and not is_last
-        with model.no_sync() if hold else contextlib.nullcontext():
+        hold_back = contextlib.nullcontext()
+        if isinstance(model, DistributedDataParallel) and not is_last:
+            hold_back = model.no_sync()
+        with hold_back:
             with autocast(config, chunk["images"].device):
                 predictions = model(chunk["images"])
             terms = losses(predictions, chunk, whole, config.loss)

@@ -82,10 +82,9 @@ def _compare(before: dict[str, Any], after: dict[str, Any], config: TrainConfig)
     for key, (name, meaning, form) in MEANINGS.items():
         if key in before and key in after:
             text.append(f"  {name}: {form.format(before[key])} -> {form.format(after[key])}  ({meaning})")
-    verdict = (
-        "It generalises" if after["loss_objective"] < before["loss_objective"] else "It got worse on unseen scenes"
-    )
-    return [*text, f"{verdict}: the objective on them went {'down' if verdict[3] == 'g' else 'up'}."]
+    if after["loss_objective"] < before["loss_objective"]:
+        return [*text, "The objective went down on them, too: what was learned holds for scenes it has not seen."]
+    return [*text, "The objective went up on them: try fewer steps, a lower optim.lr, or more sequences."]
 
 
 def _next_steps(config: TrainConfig) -> list[str]:

@@ -15,6 +15,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Aggregator(nn.Module):
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         dim = config.embed_dim

@@ -44,7 +44,7 @@ def _download(name: str) -> Path:
     if looks_local:
         raise ValueError(f"{name}: no such file; expected a .pt or .safetensors file or a name like facebook/VGGT-1B")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"{name}: no such file; to fetch it from Hugging Face: pip install '.[hub]'") from error
     try:

@@ -1,0 +1,79 @@
+# make finetune: from nothing (or from your Co3D) to a trained checkpoint. make help: all targets and variables.
+
+CO3D_DIR            ?=
+CO3D_ANNOTATION_DIR ?=
+SHARDS              ?= data/shards
+INIT                ?=
+NPROC               ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n > 0 ? n : 1)))
+RUN                 ?= $(if $(INIT),finetune,$(if $(CO3D_DIR),co3d,demo))
+ARGS                ?=
+
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONFIG := train/configs/$(if $(INIT),default,demo).yaml
+DEMO   := data/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup shards finetune test test-slow check clean
+
+help:
+	@echo "make finetune    train: a small model on rendered scenes, or on your data, or the published checkpoint"
+	@echo "make shards      only pack the training data"
+	@echo "make setup       only create .venv and install into it"
+	@echo "make test        all tests but the slow ones;  make test-slow: those;  make check: lint and types"
+	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
+	@echo
+	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"
+	@echo "CO3D_ANNOTATION_DIR=  its cameras: <category>_{train,test}.jgz"
+	@echo "SHARDS=data/shards    where the packed data goes, or is"
+	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: a small model from scratch)"
+	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
+	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: demo, co3d or finetune)"
+	@echo "ARGS=                 more settings, such as ARGS='optim.lr=1e-5 epochs=5'; see train/configs/default.yaml"
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv (torch is large: this may take some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing the tools for tests and checks"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+shards: setup
+ifneq ($(CO3D_DIR),)
+	@test -n "$(CO3D_ANNOTATION_DIR)" || { echo "CO3D_DIR is given, but CO3D_ANNOTATION_DIR (its cameras) is not"; exit 2; }
+	@# The demo's shards lie elsewhere and are only linked here: make room.
+	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi
+	@$(BIN)/vggt-prep pack --co3d-dir "$(CO3D_DIR)" --annotation-dir "$(CO3D_ANNOTATION_DIR)" --out "$(SHARDS)"
+else
+	@if [ -e "$(SHARDS)/dataset.json" ]; then echo "$(SHARDS) is there: using it"; else \
+	  $(BIN)/vggt-prep synth --out $(DEMO)/captures && \
+	  $(BIN)/vggt-prep pack --co3d-dir $(DEMO)/captures/co3d --annotation-dir $(DEMO)/captures/annotations \
+	    --out $(DEMO)/shards && \
+	  mkdir -p "$$(dirname "$(SHARDS)")" && ln -sfn "$(CURDIR)/$(DEMO)/shards" "$(SHARDS)"; fi
+endif
+
+finetune: shards
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train/main.py --config $(CONFIG) \
+	  data.shards="$(SHARDS)" out_dir="runs/$(RUN)" $(if $(INIT),init="$(INIT)") $(ARGS)
+
+test: .venv/installed-dev
+	@$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/installed-dev
+	@$(BIN)/pytest -m slow
+
+check: .venv/installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+clean:
+	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi
+	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
