@@ -93,7 +93,7 @@ def write_index(
     """
     parts = [part for _, _, part, _ in tars]
     names = [(split, category.encode(), name.encode(), n) for (_, split, part, _) in tars for category, name, n in part]
-    sequences = np.zeros(len(names), dtype=sequence_dtype(*(max(len(n[i]) for n in names) for i in (1, 2))))
+    sequences = np.zeros(len(names), dtype=sequence_dtype(*(max(len(bytes(n[i])) for n in names) for i in (1, 2))))
     first = 0
     for row, (split, category, name, count) in zip(sequences, names, strict=True):
         row["category"], row["name"], row["split"] = category, name, split.encode()

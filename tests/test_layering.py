@@ -1,0 +1,55 @@
+"""The packages depend on each other in one direction only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "vggt": {"vggt"},
+    "shards": {"shards"},
+    "prep": {"prep", "shards"},
+    "train": {"train", "shards", "vggt"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_packages_import_in_one_direction(package):
+    files = sorted((ROOT / package).glob("**/*.py"))
+    assert files
+    for path in files:
+        forbidden = imported(path) & (set(ALLOWED) - ALLOWED[package])
+        assert not forbidden, f"{path} imports {forbidden}"
+
+
+def test_shards_and_prep_import_no_torch():
+    for package in ("shards", "prep"):
+        for path in sorted((ROOT / package).glob("**/*.py")):
+            assert not imported(path) & {"torch", "torchdata"}, path
+
+
+def test_modules_of_train_hide_no_standard_library_module():
+    """torchrun train/main.py puts train/ itself first on the path."""
+    import sys
+
+    assert not {path.stem for path in (ROOT / "train").glob("*.py")} & set(sys.stdlib_module_names)
+
+
+def test_every_make_target_is_phony():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    phony = set(next(line for line in lines if line.startswith(".PHONY:")).split()[1:])
+    targets = {line.split(":")[0] for line in lines if line[:1].isalpha() and ":" in line and "=" not in line}
+    assert targets == phony
