@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden_figures import SHARED
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def run_command(*arguments, timeout=200, **environment):
+    """A command of this environment, as a user would type it; its output is captured."""
+    return subprocess.run(
+        [str(BIN / arguments[0]), *map(str, arguments[1:])],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def vggt_prep(*arguments, **options):
+    return run_command("vggt-prep", *arguments, **options)
+
+
+@pytest.fixture(scope="session")
+def captures(tmp_path_factory):
+    """Eight rendered scenes of 24 frames in Co3D's layout, seven to train on."""
+    out = tmp_path_factory.mktemp("captures") / "synth"
+    done = vggt_prep("synth", "--out", out, "--scenes", 8, "--frames", 24, "--seed", 7)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def shard_dir(captures, tmp_path_factory):
+    """The same, packed at a reduced size into several shards."""
+    out = tmp_path_factory.mktemp("shards") / "set"
+    options = ("--short-side", 150, "--shard-frames", 60)
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
+    done = vggt_prep("pack", *source, "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def co3d_mini():
+    """Real posed RGB-D in Co3D's layout, where it is at hand."""
+    path = SHARED / "co3d-mini"
+    if not path.is_dir():
+        pytest.skip("no real captures beside this checkout")
+    return path

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_command
+
+from train.config import TrainConfig, load_config, to_dict
+
+CONFIGS = ROOT / "train" / "configs"
+
+
+def test_default_yaml_spells_out_every_default():
+    values = yaml.safe_load((CONFIGS / "default.yaml").read_text())
+    config = load_config(CONFIGS / "default.yaml", ["init=vggt.pt"])
+    assert to_dict(config) == to_dict(TrainConfig(init="vggt.pt"))
+
+    def keys(node, prefix=""):
+        return {prefix + k for k, v in node.items() if not isinstance(v, dict)} | {
+            key for k, v in node.items() if isinstance(v, dict) for key in keys(v, f"{prefix}{k}.")
+        }
+
+    assert keys(values) == keys(to_dict(config))
+
+
+def test_every_key_of_default_yaml_is_commented():
+    lines = (CONFIGS / "default.yaml").read_text().splitlines()
+    for line in lines:
+        if line.strip() and not line.strip().startswith("#") and not line.rstrip().endswith(":"):
+            assert "#" in line, line
+
+
+def test_command_line_beats_yaml_beats_defaults():
+    config = load_config(CONFIGS / "demo.yaml", ["seed=5", "data.views=[2, 3]", "optim.lr=5e-5"])
+    assert (config.seed, config.data.views, config.optim.lr) == (5, (2, 3), 5e-5)
+    assert config.data.width == yaml.safe_load((CONFIGS / "demo.yaml").read_text())["data"]["width"]
+    assert config.optim.weight_decay == TrainConfig.optim.weight_decay if hasattr(TrainConfig, "optim") else True
+    assert load_config(None, ["init=a", "out_dir=b"]) == TrainConfig(init="a", out_dir="b")
+
+
+def test_what_is_written_down_reads_back(tmp_path):
+    config = load_config(CONFIGS / "demo.yaml", ["data.shards=s", "checkpoint.milestone=7"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert load_config(tmp_path / "config.yaml", []) == config
+
+
+def test_configurations_are_frozen():
+    config = load_config(CONFIGS / "demo.yaml", [])
+    for part in (config, config.data, config.model, config.loss, config.optim, config.checkpoint):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            part.seed = 1
+
+
+WRONG = {
+    "sed=1": "sed: no such key; the nearest is seed",
+    "data.veiws=[2, 4]": "data.veiws: no such key; the nearest is data.views",
+    "optim.learning_rate=1": "optim.learning_rate: no such key; the nearest is optim.",
+    "checkpoint.evry=3": "the nearest is checkpoint.every",
+    "loss.dept=1": "the nearest is loss.depth",
+    "seed=abc": "seed: expected int, found 'abc' (str)",
+    "seed=1.5": "seed: expected int, found 1.5 (float)",
+    "seed=null": "seed: expected int, found None",
+    "seed=true": "seed: expected int, found True (bool)",
+    "optim.lr=fast": "optim.lr: expected float, found 'fast'",
+    "optim.lr=-1": "optim.lr and clip: expected more than 0",
+    "data.augment=1": "data.augment: expected bool, found 1 (int)",
+    "data=3": "data: expected a section of keys, found 3",
+    "data.views=4": "data.views: expected a list of 2",
+    "data.views=[4]": "data.views: expected a list of 2",
+    "data.views=[4, x]": "data.views[1]: expected int, found 'x'",
+    "data.views=[4, 2]": "data.views: expected [least, most]",
+    "data.views=[2, 49]": "max_img_per_gpu: 48 is less than the 49 views",
+    "data.aspect=[0, 1]": "data.aspect: expected [least, most]",
+    "data.width=500": "data.width: expected a multiple of 14 pixels, found 500",
+    "data.workers=-1": "data.workers: expected 0 or more",
+    "data.max_bad=2": "data.max_bad: expected a share",
+    "data.sampling=unifrom": "data.sampling: expected one of uniform, nearby, found 'unifrom'; the nearest is uniform",
+    "precision=fp16": "precision: expected one of bf16, fp32, found 'fp16'",
+    "strategy=dpp": "the nearest is ddp",
+    "accum_steps=0": "accum_steps: expected at least 1, found 0",
+    "max_steps=0": "max_steps: expected at least 1, or null",
+    "epochs=0": "epochs: expected at least 1",
+    "model.preset=2b": "model.preset: expected one of 1b, demo, tiny, found '2b'",
+    "model.head_chunk=0": "model.head_chunk: expected at least 1 frame",
+    "model.freeze=aggregator": "model.freeze: expected a list such as [str, ...], found 'aggregator'",
+    "loss.valid_range=1": "loss.valid_range: expected a quantile under 1",
+    "loss.depth=-1": "loss.camera, depth, point: expected weights of at least 0",
+    "loss.depth_gradient=normal": "loss.depth_gradient: normals are for points",
+    "checkpoint.keep=0": "checkpoint.every, keep and milestone: expected at least 1",
+    "init=null": "init: not given, but model.freeze=['aggregator*']",
+    "seed": "'seed': expected key=value",
+    "=3": "'=3': expected key=value",
+    "data.views=[2": "data.views: '[2' is not readable as a YAML value",
+    "seed.x=1": "seed.x: seed is a value, not a section",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_configuration_gets_one_clear_line(override):
+    overrides = [override] if override.startswith("init") else ["init=vggt.pt", override]
+    with pytest.raises(ValueError, match=r".+") as caught:
+        load_config(CONFIGS / "default.yaml", overrides)
+    assert WRONG[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1, 2]", "expected keys and values"), ("a: [", "not readable as YAML"), (None, "No such file")],
+)
+def test_a_wrong_config_file_is_named(tmp_path, text, message):
+    path: Path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(path, [])
+
+
+def test_the_trainer_says_it_without_a_traceback():
+    done = run_command("python", "train/main.py", "--config", "train/configs/demo.yaml", "data.veiws=3")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "Error: data.veiws: no such key; the nearest is data.views"
