@@ -149,7 +149,7 @@ def _already_packed(out: Path, description: dict[str, Any], options: dict[str, A
     for path in (out / DATASET_FILE, out / WORK_FOLDER / JOB_FILE):
         if path.is_file():
             found = json.loads(path.read_bytes())
-            for key, what in (("source", "another dataset"), ("options", "other options")):
+            for key, what in (("options", "other options"), ("source", "another dataset")):
                 if found.get(key) != wanted[key]:
                     raise PackError(f"{out}: holds shards of {what}; give another --out, or remove it first")
             return path.name == DATASET_FILE

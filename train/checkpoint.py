@@ -78,7 +78,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-            log.warning("%s is damaged (%s); trying the one before", path, str(error).splitlines()[0])
+            log.warning("%s is damaged (%s); trying the one before", path, type(error).__name__)
     if steps:
         raise ValueError(
             f"{folder}: none of the {len(steps)} checkpoints can be read; move the folder away to start anew"

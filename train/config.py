@@ -123,6 +123,14 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"width": 518}} -> {"data.width": 518}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     types_of = get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import shards
 from shards import ShardSet
 from train.checkpoint import load_newest, save
-from train.config import TrainConfig, load_config, to_dict
+from train.config import TrainConfig, flatten, load_config, to_dict
 from train.distributed import World, start_world
 from train.loader import Split, TrainingSteps, make_loader, worker_count
 from train.optim import freeze, make_optimizer, set_lr
@@ -39,8 +39,11 @@ from vggt import VGGT, preset
 from vggt.weights import load_weights
 
 # May change between a run and its resumption; anything else would make it another run.
-MAY_CHANGE = ("out_dir", "epochs", "max_steps", "val_every", "log_every", "max_skipped", "checkpoint", "init")
-DATA_MAY_CHANGE = ("shards", "workers", "max_bad", "val_split", "val_scenes", "val_views", "val_aspect")
+MAY_CHANGE = {"init", "out_dir", "epochs", "max_steps", "val_every", "log_every", "max_skipped"}
+MAY_CHANGE |= {
+    f"data.{key}" for key in ("shards", "workers", "max_bad", "val_split", "val_scenes", "val_views", "val_aspect")
+}
+MAY_CHANGE |= {f"checkpoint.{key}" for key in ("every", "keep", "milestone")}
 REQUEUE_FILE = "requeue"
 SHEET_FILE = "contact_sheet.png"
 MIN_TRIED = 200  # frames, before a share of bad ones means anything
@@ -231,13 +234,10 @@ def check_resumable(saved: tuple[Path, dict[str, Any]] | None, config: TrainConf
     advice = f"give another out_dir, or remove {config.out_dir} to start anew"
     if content["shards"] != shard_set.digest:
         raise ValueError(f"{path}: was trained on other shards than {shard_set.root}; {advice}")
-    now, before = to_dict(config), content["config"]
-    for section, may_change in ((None, MAY_CHANGE), ("data", DATA_MAY_CHANGE)):
-        a, b = (now, before) if section is None else (now.pop(section), before.pop(section))
-        for key in a:
-            if key not in may_change and key != "data" and a[key] != b.get(key):
-                name = f"{section}.{key}" if section else key
-                raise ValueError(f"{path}: was trained with {name}={b.get(key)!r}, now it is {a[key]!r}; {advice}")
+    now, before = flatten(to_dict(config)), flatten(content["config"])
+    for key in now:
+        if key not in MAY_CHANGE and now[key] != before.get(key):
+            raise ValueError(f"{path}: was trained with {key}={before.get(key)!r}, now it is {now[key]!r}; {advice}")
 
 
 def publish_pictures(result: Validation, step: int, out_dir: Path, reporter: Reporter) -> None:

@@ -1,0 +1,265 @@
+"""The trainer as users start it: real processes, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import cv2
+import pytest
+import torch
+import yaml
+from conftest import BIN, ROOT, run_command
+from golden_figures import golden_weights, load_json
+
+# Four steps an epoch of the smallest model on small images; every step is a checkpoint.
+SMALL = [
+    *("model.preset=tiny", "precision=fp32", "data.width=56", "data.views=[2, 3]", "data.val_scenes=2"),
+    *("data.val_views=3", "max_img_per_gpu=6", "accum_steps=2", "log_every=1", "optim.lr=1e-3"),
+    *("checkpoint.every=1", "checkpoint.keep=20", "val_every=100"),
+]
+SCRATCH = ["model.freeze=[]"]
+LOCAL = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
+def trainer(shard_dir, out, *overrides, processes=1, config=None):
+    launch = [BIN / "python"] if processes == 1 else [BIN / "torchrun", *LOCAL, f"--nproc_per_node={processes}"]
+    command = [*launch, "train/main.py", *(["--config", config] if config else [])]
+    return [*command, f"data.shards={shard_dir}", f"out_dir={out}", *SMALL, *overrides]
+
+
+def run_trainer(*arguments, **options):
+    command = trainer(*arguments, **options)
+    return run_command(command[0].name, *command[1:], OMP_NUM_THREADS="1")
+
+
+def start(command):
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path, process, timeout=120):
+    end = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def checkpoint(out, step):
+    return torch.load(out / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], line["split"]): {k: v for k, v in line.items() if k.startswith("loss")} for line in lines}
+
+
+def assert_same_run(a, b, step):
+    one, two = checkpoint(a, step), checkpoint(b, step)
+    assert one["data"] == two["data"]
+    for name, value in one["model"].items():
+        assert torch.equal(value, two["model"][name]), name
+    for index, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, two["optimizer"]["state"][index][name])
+    assert metrics(a) == metrics(b)
+
+
+@pytest.fixture(scope="module")
+def whole_run(shard_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A checkpoint as published, of the smallest size, with all its heads."""
+    path = tmp_path_factory.mktemp("init") / "model.pt"
+    torch.save(golden_weights(load_json("tiny_manifest.json")), path)
+    return path
+
+
+def test_a_run_leaves_everything_that_is_promised(whole_run):
+    out, said = whole_run
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("checkpoints", "config.yaml", "contact_sheet.png", "metrics.jsonl", "tensorboard")
+    ]
+    assert (out / "checkpoints" / "latest").resolve().name == "step-00000008.pt"
+    assert yaml.safe_load((out / "config.yaml").read_text())["max_steps"] == 8
+    assert list((out / "tensorboard").glob("events*"))
+    sheet = cv2.imread(str(out / "contact_sheet.png"))
+    assert sheet is not None
+    assert sheet.std() > 20
+    losses = metrics(out)
+    assert {(0, "test"), (8, "test"), *((i, "train") for i in range(1, 9))} == set(losses)
+    assert "loss_camera" in losses[8, "train"]
+    for words in ("Done: 8 steps", "before -> after", "depth error", "contact_sheet.png", "CO3D_DIR"):
+        assert words in said
+
+
+def test_the_loss_falls_clearly(shard_dir, tmp_path):
+    done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=40", "checkpoint.every=40", "log_every=10")
+    assert done.returncode == 0, done.stderr
+    losses = metrics(tmp_path / "run")
+    assert losses[40, "train"]["loss_objective"] < 0.7 * losses[10, "train"]["loss_objective"]
+    assert losses[40, "test"]["loss_objective"] < 0.7 * losses[0, "test"]["loss_objective"]
+
+
+def test_a_killed_run_equals_an_uninterrupted_one(shard_dir, whole_run, tmp_path):
+    out = tmp_path / "killed"
+    command = trainer(shard_dir, out, *SCRATCH, "max_steps=8")
+    for step in (2, 5):
+        process = start(command)
+        wait_for(out / "checkpoints" / f"step-{step:08d}.pt", process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "data.workers=2")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {out} at step" in done.stdout
+    assert_same_run(out, whole_run[0], 8)
+
+
+def test_sigterm_finishes_the_step_saves_and_marks(shard_dir, whole_run, tmp_path):
+    out = tmp_path / "stopped"
+    process = start(trainer(shard_dir, out, *SCRATCH, "max_steps=8", "checkpoint.every=100"))
+    wait_for(out / "metrics.jsonl", process)
+    while (1, "train") not in metrics(out):
+        time.sleep(0.02)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "stopped, and saved" in said
+    assert (out / "requeue").exists()
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "checkpoint.every=100")
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert not (out / "requeue").exists()
+    assert_same_run(out, whole_run[0], 8)
+
+
+def test_a_finished_run_says_so_and_stays(shard_dir, whole_run):
+    out, _ = whole_run
+    before = (out / "metrics.jsonl").read_bytes()
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8")
+    assert done.returncode == 0, done.stderr
+    assert "it is finished" in done.stdout
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.dist
+def test_two_processes_train_are_killed_and_resume_to_the_same_run(shard_dir, tmp_path):
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    whole = run_trainer(shard_dir, runs[0], *SCRATCH, "max_steps=4", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    assert "2 process(es)" in whole.stdout
+    assert whole.stdout.count("Done: 4 steps") == 1
+    process = start(trainer(shard_dir, runs[1], *SCRATCH, "max_steps=4", processes=2))
+    wait_for(runs[1] / "checkpoints" / "step-00000002.pt", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    # torchrun starts its workers in sessions of their own
+    subprocess.run(["pkill", "-KILL", "-f", str(runs[1])], check=False)
+    resumed = run_trainer(shard_dir, runs[1], *SCRATCH, "max_steps=4", processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert_same_run(runs[0], runs[1], 4)
+
+
+@pytest.mark.dist
+def test_default_yaml_fine_tunes_a_published_checkpoint_under_torchrun(shard_dir, published, tmp_path):
+    out = tmp_path / "run"
+    options = (f"init={published}", "max_steps=3")
+    done = run_trainer(shard_dir, out, *options, "precision=bf16", processes=2, config="train/configs/default.yaml")
+    assert done.returncode == 0, done.stderr
+    trained, init = checkpoint(out, 3)["model"], torch.load(published, weights_only=True)
+    for name, value in trained.items():
+        frozen = name.startswith("aggregator.")
+        assert torch.equal(value, init[name]) == frozen or not value.is_floating_point(), name
+    assert not any(name.startswith("point_head") for name in trained)
+
+
+def lacks_a_name(published, path):
+    state = torch.load(published, weights_only=True)
+    state.pop("camera_head.embed_pose.bias")
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.shards=/nowhere"], "Error: /nowhere: no such directory; make one with: vggt-prep pack"),
+        (["data.shards=null"], "Error: data.shards: not given"),
+        (["out_dir=/proc/nowhere"], "/proc/nowhere"),
+        (["init=MISFIT"], "1 missing: camera_head.embed_pose.bias"),
+        (["init=/nowhere.pt"], "Error: /nowhere.pt: no such file"),
+        (["model.preset=demo", "init=INIT"], "of another shape"),
+        (["init=null", "model.freeze=['aggregator*']"], "Error: init: not given, but model.freeze="),
+        (["model.freeze=['agregator*']", "init=INIT"], "'agregator*' matches no parameter"),
+        (["model.freeze=['*']", "init=INIT"], "leaves nothing to train"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_leaves_nothing(shard_dir, published, tmp_path, overrides, message):
+    lacks_a_name(published, tmp_path / "misfit.pt")
+    names = {"MISFIT": str(tmp_path / "misfit.pt"), "INIT": str(published)}
+    overrides = [o.replace("MISFIT", names["MISFIT"]).replace("INIT", names["INIT"]) for o in overrides]
+    done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, *overrides)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("Error:") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_another_run_in_the_same_place_is_refused(shard_dir, whole_run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole_run[0], out, symlinks=True)
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=9", "optim.lr=0.5")
+    assert done.returncode == 1
+    assert "was trained with optim.lr=0.001, now it is 0.5; give another out_dir" in done.stderr
+
+
+@pytest.mark.dist
+def test_under_torchrun_an_error_is_said_once(tmp_path):
+    done = run_trainer("/nowhere", tmp_path / "run", *SCRATCH, processes=2)
+    assert done.returncode == 1
+    assert done.stderr.count("Error: /nowhere: no such directory") == 1
+
+
+def test_steps_that_are_not_finite_are_skipped_listed_and_limited(shard_dir, published, tmp_path):
+    state = torch.load(published, weights_only=True)
+    state["depth_head.norm.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    options = (f"init={tmp_path / 'nan.pt'}", "max_steps=8", "max_skipped=2")
+    done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, *options)
+    assert done.returncode == 1
+    assert "3 steps in a row were not finite" in done.stderr
+    assert done.stdout.count("skipped on all ranks") == 3
+    assert "scene_" in done.stdout
+    first = checkpoint(tmp_path / "run", 1)["model"]
+    assert torch.equal(first["camera_head.embed_pose.weight"], state["camera_head.embed_pose.weight"])
+
+
+def test_real_captures_train_with_one_and_two_processes(co3d_mini, tmp_path):
+    options = ("--co3d-dir", co3d_mini / "co3d", "--annotation-dir", co3d_mini / "annotations", "--short-side", 150)
+    assert run_command("vggt-prep", "pack", *options, "--out", tmp_path / "set").returncode == 0
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        steps = ("max_steps=20", "log_every=5", "checkpoint.every=20")
+        done = run_trainer(tmp_path / "set", out, *SCRATCH, *steps, processes=processes)
+        assert done.returncode == 0, done.stderr
+        losses = metrics(out)
+        assert losses[20, "train"]["loss_objective"] < 0.7 * losses[5, "train"]["loss_objective"]
