@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from prep.frames import BadFrameError, FrameOptions, pack_frame
@@ -206,6 +207,7 @@ def _is_done(out: Path, name: str) -> bool:
 
 def pack_shard(job: ShardJob, out: Path, options: PackOptions) -> None:
     """Make one shard: its tar in `out`, then its rows of the index, then its report. Runs in a worker."""
+    cv2.setNumThreads(1)  # there is a worker a core
     samples: list[dict[str, Any]] = []
     bad: list[tuple[str, str, str]] = []
     short: list[tuple[str, int]] = []
