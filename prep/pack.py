@@ -17,7 +17,7 @@ import numpy as np
 
 from prep.frames import BadFrameError, FrameOptions, pack_frame
 from prep.source import Sequence, Source
-from shards.index import index_tar, write_index
+from shards.index import TarIndex, index_tar, write_index
 from shards.schema import DATASET_FILE, DEPTH, JPEG, META, REPORT_FILE, member_key
 from shards.writer import atomic_file, write_json, write_tar
 
@@ -110,7 +110,7 @@ def pack(
             "what is packed is kept"
         )
     tars = [
-        (f"{name}.tar", split, [tuple(s) for s in reports[name]["sequences"]], np.load(work / f"{name}.npy"))
+        TarIndex(f"{name}.tar", split, [tuple(s) for s in reports[name]["sequences"]], np.load(work / f"{name}.npy"))
         for split, name, _ in plan
         if reports[name]["sequences"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ from shards.schema import (
     sequence_dtype,
 )
 from shards.writer import atomic_file, write_json
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """A tar of the set: its file name, its split, and what index_tar says of it."""
+
+    file: str
+    split: str
+    sequences: list[tuple[str, str, int]]
+    frames: np.ndarray
 
 
 def index_tar(path: Path) -> tuple[list[tuple[str, str, int]], np.ndarray]:
@@ -80,58 +91,42 @@ def index_tar(path: Path) -> tuple[list[tuple[str, str, int]], np.ndarray]:
     return sequences, rows
 
 
-def write_index(
-    out: Path,
-    tars: list[tuple[str, str, list[tuple[str, str, int]], np.ndarray]],
-    *,
-    source: dict[str, Any],
-    options: dict[str, Any],
-) -> None:
-    """Write frames.npy and sequences.npy of these tars (file name, split, and what index_tar gave), then dataset.json.
+def write_index(out: Path, tars: list[TarIndex], *, source: dict[str, Any], options: dict[str, Any]) -> None:
+    """Write frames.npy and sequences.npy of these tars, then dataset.json.
 
     dataset.json comes last: a directory without it is not a shard set yet.
     """
-    parts = [part for _, _, part, _ in tars]
-    names = [(split, category.encode(), name.encode(), n) for (_, split, part, _) in tars for category, name, n in part]
-    sequences = np.zeros(len(names), dtype=sequence_dtype(*(max(len(bytes(n[i])) for n in names) for i in (1, 2))))
-    first = 0
-    for row, (split, category, name, count) in zip(sequences, names, strict=True):
-        row["category"], row["name"], row["split"] = category, name, split.encode()
-        row["first"], row["count"] = first, count
-        first += count
+    entries = [(tar.split.encode(), *entry) for tar in tars for entry in tar.sequences]
+    splits, categories, names, counts = zip(*((s, c.encode(), n.encode(), k) for s, c, n, k in entries), strict=True)
+    sequences = np.zeros(len(entries), dtype=sequence_dtype(max(map(len, categories)), max(map(len, names))))
+    sequences["split"], sequences["category"], sequences["name"] = splits, categories, names
+    sequences["count"], sequences["first"] = counts, np.cumsum([0, *counts[:-1]])
 
-    width = max(rows.dtype["name"].itemsize for _, _, _, rows in tars)
-    frames = np.concatenate([rows.astype(frame_dtype(width)) for _, _, _, rows in tars])
-    sequence_base = np.cumsum([0, *(len(part) for part in parts)])
-    start = 0
-    for i, (_, _, _, rows) in enumerate(tars):
-        part = frames[start : start + len(rows)]
-        part["tar"] = i
-        part["sequence"] += np.uint32(sequence_base[i])
-        start += len(rows)
+    width = max(tar.frames.dtype["name"].itemsize for tar in tars)
+    frames = np.concatenate([tar.frames.astype(frame_dtype(width)) for tar in tars])
+    first_sequence = np.cumsum([0, *(len(tar.sequences) for tar in tars[:-1])])
+    sizes = [len(tar.frames) for tar in tars]
+    frames["tar"] = np.repeat(np.arange(len(tars)), sizes)
+    frames["sequence"] += np.repeat(first_sequence, sizes).astype(np.uint32)
     for row in frames:
         row["row_crc"] = row_crc(row)
 
     for name, array in ((FRAMES_FILE, frames), (SEQUENCES_FILE, sequences)):
         with atomic_file(out / name) as file:
             np.save(file, array, allow_pickle=False)
-    splits = sorted({split for _, split, _, _ in tars})
-    counts = {
-        split: {
-            "sequences": int((sequences["split"] == split.encode()).sum()),
-            "frames": int(sequences["count"][sequences["split"] == split.encode()].sum()),
-        }
-        for split in splits
-    }
-    files = [FRAMES_FILE, SEQUENCES_FILE, *(name for name, _, _, _ in tars)]
+    per_split = {}
+    for split in sorted(set(splits)):
+        part = sequences["count"][sequences["split"] == split]
+        per_split[split.decode()] = {"sequences": len(part), "frames": int(part.sum())}
+    files = [FRAMES_FILE, SEQUENCES_FILE, *(tar.file for tar in tars)]
     dataset = {
         "format": FORMAT,
         "version": VERSION,
         "source": source,
         "options": options,
-        "categories": sorted({category.decode() for category in sequences["category"]}),
-        "splits": counts,
-        "tars": [name for name, _, _, _ in tars],
+        "categories": sorted({category.decode() for category in categories}),
+        "splits": per_split,
+        "tars": [tar.file for tar in tars],
         "files": {name: {"size": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in files},
     }
     write_json(out / DATASET_FILE, dataset)
