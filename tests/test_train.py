@@ -253,6 +253,7 @@ def test_steps_that_are_not_finite_are_skipped_listed_and_limited(shard_dir, pub
     assert torch.equal(first["camera_head.embed_pose.weight"], state["camera_head.embed_pose.weight"])
 
 
+@pytest.mark.slow
 def test_real_captures_train_with_one_and_two_processes(co3d_mini, tmp_path):
     options = ("--co3d-dir", co3d_mini / "co3d", "--annotation-dir", co3d_mini / "annotations", "--short-side", 150)
     assert run_command("vggt-prep", "pack", *options, "--out", tmp_path / "set").returncode == 0

@@ -71,7 +71,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     A damaged one is passed over with a warning. Raises ValueError if all of them are damaged.
     """
     for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)  # every rank does
     steps = steps_saved(folder)
     for step in reversed(steps):
         path = step_file(folder, step)

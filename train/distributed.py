@@ -37,6 +37,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: bool) -> bool:
+        """The value of the main rank, on every rank."""
+        return self.gather(value)[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -58,8 +62,6 @@ def start_world() -> Iterator[World]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, local_size, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+    yield World(rank, size, local_size, device)
+    if size > 1:  # not after an exception: other ranks may be waiting in a collective, and torchrun ends them
+        dist.destroy_process_group()

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -103,15 +104,15 @@ def run(config: TrainConfig, world: World) -> None:
     if state.step:
         reporter.say(f"resuming {out_dir} at step {state.step} of {config.total_steps}, its last checkpoint")
     if state.step >= config.total_steps:
-        reporter.say("it is finished: nothing to do. Raise epochs or max_steps to go on, or give another out_dir")
-        return
+        reporter.say("it is finished: raise epochs or max_steps to go on, or give another out_dir")
     if world.is_main:
         (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
         (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
     reporter.say(describe_start(config, model, train_split, val_split, world, workers))
 
     def evaluate(step: int) -> None:
-        if val_split is None:
+        # A run that was killed in between has validated before, or has still to do so.
+        if val_split is None or world.broadcast(reporter.has(step, config.data.val_split)):
             return
         result = validate(model, val_split, config, world, workers)
         reporter.scalars(step, config.data.val_split, result.figures)
@@ -129,14 +130,15 @@ def run(config: TrainConfig, world: World) -> None:
     # Loop
     with reporter:
         stopped = train(config, world, ddp, optimizer, train_split, state, workers, reporter, evaluate, save_checkpoint)
-        if stopped:
-            reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command goes on from there")
-            if world.is_main:
-                (out_dir / REQUEUE_FILE).touch()
-            return
 
     # Summary
-    reporter.say(describe_run(config, out_dir) if world.is_main else "")
+    if not world.is_main:
+        return
+    if stopped:
+        (out_dir / REQUEUE_FILE).touch()
+        reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command goes on from there")
+    else:
+        reporter.say(describe_run(config, out_dir))
 
 
 def train(
@@ -148,17 +150,16 @@ def train(
     state: DataState,
     workers: int,
     reporter: Reporter,
-    evaluate: Any,
-    save_checkpoint: Any,
+    evaluate: Callable[[int], None],
+    save_checkpoint: Callable[[DataState], None],
 ) -> bool:
     """Train from `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
     ranks = {"max_img_per_gpu": config.max_img_per_gpu, "rank": world.rank, "world_size": world.size}
     dataset = TrainingSteps(split, config.data, seed=config.seed, state=state, last_step=config.total_steps, **ranks)
-    pin = world.device.type == "cuda"
-    batches = iter(make_loader(dataset, workers, pin_memory=pin))
+    batches = iter(make_loader(dataset, workers, pin_memory=world.device.type == "cuda"))
     stop_asked = catch_signals()
-    if state.step == 0:
-        evaluate(0)
+    if is_validation_step(config, state.step):
+        evaluate(state.step)
     window = Window()
     skipped = bad = tried = 0
     for _ in range(state.step, config.total_steps):
@@ -196,9 +197,13 @@ def train(
             save_checkpoint(raw["after"])
         if outcome.stop and step < config.total_steps:
             return True
-        if step % config.val_every == 0 or step == config.total_steps:
+        if is_validation_step(config, step):
             evaluate(step)
     return False
+
+
+def is_validation_step(config: TrainConfig, step: int) -> bool:
+    return step % config.val_every == 0 or step >= config.total_steps
 
 
 class Window:

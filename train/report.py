@@ -63,6 +63,14 @@ class Reporter:
         """A line for people."""
         self.console.print(text, markup=False)
 
+    def has(self, step: int, split: str) -> bool:
+        """Whether metrics.jsonl has this line (on the main rank)."""
+        path = self.out_dir / METRICS_FILE
+        if not self.is_main or not path.exists():
+            return False
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return any((line["step"], line["split"]) == (step, split) for line in lines)
+
     def scalars(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and a TensorBoard point for each value."""
         if not self.is_main:
