@@ -111,6 +111,7 @@ def test_a_run_leaves_everything_that_is_promised(whole_run):
         assert words in said
 
 
+@pytest.mark.slow
 def test_the_loss_falls_clearly(shard_dir, tmp_path):
     done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=40", "checkpoint.every=40", "log_every=10")
     assert done.returncode == 0, done.stderr
@@ -160,6 +161,7 @@ def test_a_finished_run_says_so_and_stays(shard_dir, whole_run):
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_train_are_killed_and_resume_to_the_same_run(shard_dir, tmp_path):
     runs = [tmp_path / "whole", tmp_path / "killed"]
