@@ -55,6 +55,9 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
         image, eighths = decode_jpeg(data, scale)
     except ValueError as error:
         raise BadFrameError("image is damaged", str(error)) from error
+    x, y = frame.intrinsics[:2, 2]
+    if not (0 < x < source_size[1] - 1 and 0 < y < source_size[0] - 1):  # crops for training are centred on it
+        raise BadFrameError("principal point is outside the image", f"({x:g}, {y:g})")
     # An edge at x of the source lies at x * factor of the stored image, which need not be the ratio of the sizes:
     # a decoder that scales by k/8 rounds sizes up.
     size, factor = source_size, (1.0, 1.0)
