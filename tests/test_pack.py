@@ -15,6 +15,7 @@ import pytest
 from conftest import BIN, vggt_prep
 
 import shards
+from shards.codecs import decode_depth
 
 
 def source_options(captures):
@@ -156,7 +157,7 @@ def test_packed_bytes_are_the_source_where_nothing_is_resized(captures, tmp_path
         folder = captures / "co3d" / category / sequence
         jpeg, depth = opened.read(i)
         assert jpeg == (folder / "images" / f"{frame}.jpg").read_bytes()
-        stored = shards.codecs.decode_depth(depth, int(row["height"]), int(row["width"]))
+        stored = decode_depth(depth, int(row["height"]), int(row["width"]))
         png = cv2.imread(str(folder / "depths" / f"{frame}.jpg.geometric.png"), cv2.IMREAD_UNCHANGED)
         assert np.array_equal(stored[stored > 0], png.view(np.float16)[stored > 0])
 
