@@ -134,22 +134,37 @@ def test_a_killed_run_equals_an_uninterrupted_one(shard_dir, whole_run, tmp_path
     assert_same_run(out, whole_run[0], 8)
 
 
-def test_sigterm_finishes_the_step_saves_and_marks(shard_dir, whole_run, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=[pytest.mark.slow, pytest.mark.dist]),
+    ],
+)
+def test_a_signal_to_the_whole_group_finishes_the_step_saves_and_marks(shard_dir, tmp_path, number, processes):
+    """As a terminal's Ctrl-C or a scheduler sends it: to loader workers and to torchrun, too."""
     out = tmp_path / "stopped"
-    process = start(trainer(shard_dir, out, *SCRATCH, "max_steps=8", "checkpoint.every=100"))
+    command = trainer(shard_dir, out, *SCRATCH, "max_steps=500", "checkpoint.every=1000", processes=processes)
+    process = start(command)
     wait_for(out / "metrics.jsonl", process)
-    while (1, "train") not in metrics(out):
+    end = time.monotonic() + 120
+    while '"step": 2' not in (out / "metrics.jsonl").read_text():
+        assert time.monotonic() < end, "no step was made"
         time.sleep(0.02)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "stopped, and saved" in said
+    os.killpg(process.pid, number)
+    said, _ = process.communicate(timeout=90)
+    assert "stopped, and saved" in said, said
+    assert "DataLoader worker" not in said
     assert (out / "requeue").exists()
-    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "checkpoint.every=100")
+    stopped_at = torch.load(out / "checkpoints" / "latest", weights_only=True)["data"]["step"]
+    assert stopped_at >= 2
+    done = run_trainer(
+        shard_dir, out, *SCRATCH, f"max_steps={stopped_at + 1}", "checkpoint.every=1000", processes=processes
+    )
     assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout
+    assert f"resuming {out} at step {stopped_at}" in done.stdout
     assert not (out / "requeue").exists()
-    assert_same_run(out, whole_run[0], 8)
 
 
 def test_a_finished_run_says_so_and_stays(shard_dir, whole_run):

@@ -16,8 +16,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from typing import Any
 
 import cv2
@@ -38,6 +40,7 @@ CROP_RANGE = (0.8, 1.2)  # of each side, at most 1
 MARGIN_PIXELS = 4
 MARGIN_SHARE = 0.3  # of the longer target side, the most of a triangular distribution
 MAX_WORKERS = 8
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Split:
@@ -191,7 +194,6 @@ class TrainingSteps(IterableDataset):
         self.max_img_per_gpu, self.rank, self.world_size = max_img_per_gpu, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        cv2.setNumThreads(1)
         worker = get_worker_info()
         number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         ranks = {"max_img_per_gpu": self.max_img_per_gpu, "world_size": self.world_size}
@@ -210,7 +212,6 @@ class ValidationSteps(IterableDataset):
         self.split, self.steps = split, steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        cv2.setNumThreads(1)
         worker = get_worker_info()
         number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for step in self.steps[number::count]:
@@ -228,9 +229,25 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train.loader"])
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        forkserver.ensure_running()  # it ignores what is ignored now
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return StatefulDataLoader(
-        dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, multiprocessing_context=context
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+        worker_init_fn=start_worker,
     )
+
+
+def start_worker(_: int) -> None:
+    """Leave stopping to the trainer: a signal to the whole process group must not take the next batch away from it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)  # there is a worker a core
 
 
 def worker_count(configured: int | None, ranks_here: int) -> int:

@@ -27,7 +27,7 @@ from shards import ShardSet
 from train.checkpoint import load_newest, save
 from train.config import TrainConfig, flatten, load_config, to_dict
 from train.distributed import World, start_world
-from train.loader import Split, TrainingSteps, make_loader, worker_count
+from train.loader import STOP_SIGNALS, Split, TrainingSteps, make_loader, worker_count
 from train.optim import freeze, make_optimizer, set_lr
 from train.pictures import contact_sheet, save_picture
 from train.plan import DataState
@@ -260,7 +260,7 @@ def catch_signals() -> list[int]:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, note)
     return received
 
