@@ -178,10 +178,17 @@ def test_a_damaged_frame_gives_way_to_another_of_its_sequence(shard_dir, split, 
     assert load_scene(broken, scene, shape)["keys"] == replaced["keys"]
 
 
-def test_a_sequence_without_a_readable_frame_is_an_error(shard_dir, tmp_path):
+def test_a_sequence_without_a_readable_frame_gives_way_to_the_next(shard_dir, split, tmp_path):
     broken = damaged_split(shard_dir, tmp_path, [(0, frame) for frame in range(24)])
-    with pytest.raises(shards.DamagedMemberError, match="no frame of the sequence"):
-        load_scene(broken, Scene(0, (1, 2), None), StepShape(2, 56, 84))
+    shape = StepShape(2, 56, 84)
+    replaced = load_scene(broken, Scene(0, (1, 2), 5), shape)
+    assert replaced["bad"] == 24
+    assert replaced["keys"] == load_scene(split, Scene(1, (1, 2), 5), shape)["keys"]
+    for tar in (tmp_path / "damaged").glob("*.tar"):
+        tar.unlink()
+    shards.reader._descriptors.clear()
+    with pytest.raises(shards.DamagedMemberError, match="no frame can be read"):
+        load_scene(broken, Scene(0, (1, 2), None), shape)
 
 
 def test_validation_batches_are_always_the_same(split):

@@ -15,12 +15,14 @@ from torch import Tensor
 STRENGTH = 0.5  # brightness, contrast and saturation change by a factor of 1 +- this
 HUE = 0.1  # of a full turn
 P_JITTER, P_GREY, P_WHOLE_SCENE = 0.9, 0.05, 0.7
-FIELDS = 9  # brightness, contrast, saturation, hue; their places in the order (-1: not applied); grey
 LUMA = (0.2989, 0.587, 0.114)
 
 
 def draw_colour(rng: np.random.Generator, views: int) -> np.ndarray:
-    """The jitter of each view of a scene: [views, 9]."""
+    """The jitter of each view of a scene: [views, 9].
+
+    Brightness, contrast, saturation, hue; the place of each in the order (-1: not applied); grey.
+    """
     if rng.random() < P_WHOLE_SCENE:
         return np.repeat(_draw(rng)[None], views, axis=0)
     return np.stack([_draw(rng) for _ in range(views)])

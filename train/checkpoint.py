@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,13 @@ def save(folder: Path, step: int, content: dict[str, Any], config: CheckpointCon
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch reports a full disk as a RuntimeError
+            reason = str(error).partition("\n")[0]
+            raise OSError(
+                f"{path}: cannot be written, is the disk full? The ones before are kept ({reason})"
+            ) from error
         raise
     link = folder / (LATEST + ".tmp")
     link.unlink(missing_ok=True)
@@ -65,22 +71,35 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
 
 
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, or None if there is none at all.
+def find_newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None if there is none at all; for one rank to call, as it mends the folder.
 
-    A damaged one is passed over with a warning. Raises ValueError if all of them are damaged.
+    Every byte is checked against the CRCs that torch.save writes (torch.load does not: it takes flipped bits for
+    weights). A damaged file is renamed, with a warning, and the one before is taken. Raises ValueError if all are
+    damaged, OSError if the folder cannot be read just now.
     """
     for leftover in folder.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)  # every rank does
+        leftover.unlink()
     steps = steps_saved(folder)
     for step in reversed(steps):
         path = step_file(folder, step)
         try:
-            return path, torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-            log.warning("%s is damaged (%s); trying the one before", path, type(error).__name__)
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+            damaged = str(error)
+        if damaged is None:
+            return path
+        log.warning("%s is damaged (%s) and set aside; taking the one before", path, damaged)
+        path.rename(path.with_name(path.name + ".damaged"))
     if steps:
-        raise ValueError(
-            f"{folder}: none of the {len(steps)} checkpoints can be read; move the folder away to start anew"
-        )
+        raise ValueError(f"{folder}: none of the {len(steps)} checkpoints is whole; remove the folder to start anew")
     return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` was given. Raises ValueError if the file holds more than tensors and plain values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this trainer ({type(error).__name__})") from error

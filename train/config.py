@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ class TrainConfig:
         for name in ("epochs", "steps_per_epoch", "max_img_per_gpu", "accum_steps", "val_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.seed < 0 or self.max_skipped < 0:
+            raise ValueError("seed and max_skipped: expected at least 0")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, or null for epochs, found {self.max_steps}")
         if self.max_img_per_gpu < self.data.views[1]:
@@ -172,6 +175,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, found {value!r}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,21 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: bool) -> bool:
-        """The value of the main rank, on every rank."""
-        return self.gather(value)[0]
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What the function gives on the main rank, on every rank; so is what it raises, if that is for users."""
+        outcome: Any = (None, None)  # the value, or what is wrong
+        if self.is_main:
+            try:
+                outcome = (function(), None)
+            except (ValueError, OSError) as error:
+                outcome = (None, str(error))
+        if self.size > 1:
+            values: list[Any] = [outcome]
+            dist.broadcast_object_list(values, src=0)
+            outcome = values[0]
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
 
     def barrier(self) -> None:
         if self.size > 1:

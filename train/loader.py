@@ -59,7 +59,7 @@ class Split:
 
 
 def load_step(split: Split, step: Step) -> dict[str, Any]:
-    """Read and stack a step's scenes. Raises DamagedMemberError if no frame of a sequence can be read."""
+    """Read and stack a step's scenes. Raises DamagedMemberError if nothing of the split can be read."""
     scenes = [load_scene(split, scene, step.shape) for scene in step.scenes]
     batch: dict[str, Any] = {
         name: torch.from_numpy(np.stack([scene[name] for scene in scenes]))
@@ -73,36 +73,52 @@ def load_step(split: Split, step: Step) -> dict[str, Any]:
 
 
 def load_scene(split: Split, scene: Scene, shape: StepShape) -> dict[str, Any]:
-    """One scene as numpy arrays without the batch axis. A damaged frame gives way to another of its sequence."""
-    length = int(split.lengths[scene.sequence])
-    # Substitutes in an order that depends on the scene alone, so it is the same under any workers and ranks.
-    order = np.random.default_rng((scene.sequence, *scene.frames)).permutation(length)
-    substitutes = iter([int(i) for i in order if i not in scene.frames])
-    rng = None if scene.seed is None else np.random.default_rng(scene.seed)
-    views: list[dict[str, Any]] = []
-    bad = 0
-    for wanted in scene.frames:
-        frame: int | None = wanted
-        while frame is not None:
-            try:
-                views.append(load_view(split.shard_set, int(split.first[scene.sequence]) + frame, shape, rng))
-                break
-            except (DamagedMemberError, ValueError) as error:
-                log.warning("a frame is replaced by another of its sequence: %s", error)
-                bad += 1
-                frame = next(substitutes, None)
-    if not views:
-        key = split.shard_set.key(int(split.first[scene.sequence]))
-        raise DamagedMemberError(f"{split.shard_set.root}: no frame of the sequence of {key} can be read")
-    good = len(views)
+    """One scene as numpy arrays without the batch axis.
+
+    A frame that cannot be read gives way to another of its sequence, a sequence without any to the next one, by
+    rules that depend on the scene alone, so they are the same under any workers and ranks. Raises DamagedMemberError
+    if no frame of any sequence can be read.
+    """
+    bad, tried = 0, 0
+    for sequence in range(scene.sequence, scene.sequence + len(split.lengths)):
+        sequence %= len(split.lengths)
+        wanted = [frame % int(split.lengths[sequence]) for frame in scene.frames]
+        rng = None if scene.seed is None else np.random.default_rng(scene.seed)
+        views, missed = _load_views(split, sequence, wanted, shape, rng)
+        bad, tried = bad + missed, tried + missed + len(views)
+        if views:
+            break
+    else:
+        raise DamagedMemberError(f"{split.shard_set.root}: no frame can be read; pack it again")
     # Where too few are left, views repeat, as in a sequence that is too short.
-    views = [views[i % good] for i in range(len(scene.frames))]
+    views = [views[i % len(views)] for i in range(len(scene.frames))]
     stacked: dict[str, Any] = {
         name: np.stack([view[name] for view in views])
         for name in ("images", "depth", "depth_scale", "extrinsics", "intrinsics")
     }
     stacked["colour"] = no_colour(len(views)) if rng is None else draw_colour(rng, len(views))
-    return stacked | {"keys": [view["key"] for view in views], "bad": bad, "tried": good + bad}
+    return stacked | {"keys": [view["key"] for view in views], "bad": bad, "tried": tried}
+
+
+def _load_views(
+    split: Split, sequence: int, wanted: list[int], shape: StepShape, rng: np.random.Generator | None
+) -> tuple[list[dict[str, Any]], int]:
+    """The wanted frames of a sequence, or others in their place; and how many could not be read."""
+    order = np.random.default_rng((sequence, *wanted)).permutation(int(split.lengths[sequence]))
+    substitutes = iter([int(i) for i in order if i not in wanted])
+    views: list[dict[str, Any]] = []
+    bad = 0
+    for first_choice in wanted:
+        frame: int | None = first_choice
+        while frame is not None:
+            try:
+                views.append(load_view(split.shard_set, int(split.first[sequence]) + frame, shape, rng))
+                break
+            except (ValueError, OSError) as error:
+                log.warning("a frame is replaced by another: %s", error)
+                bad += 1
+                frame = next(substitutes, None)
+    return views, bad
 
 
 def load_view(shard_set: ShardSet, frame: int, shape: StepShape, rng: np.random.Generator | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import shards
 from shards import ShardSet
-from train.checkpoint import load_newest, save
+from train.checkpoint import find_newest, load, save
 from train.config import TrainConfig, flatten, load_config, to_dict
 from train.distributed import World, start_world
 from train.loader import STOP_SIGNALS, Split, TrainingSteps, make_loader, worker_count
@@ -40,11 +40,12 @@ from vggt import VGGT, preset
 from vggt.weights import load_weights
 
 # May change between a run and its resumption; anything else would make it another run.
-MAY_CHANGE = {"init", "out_dir", "epochs", "max_steps", "val_every", "log_every", "max_skipped"}
-MAY_CHANGE |= {
-    f"data.{key}" for key in ("shards", "workers", "max_bad", "val_split", "val_scenes", "val_views", "val_aspect")
+MAY_CHANGE = {
+    *("init", "out_dir", "epochs", "max_steps", "accum_steps", "model.head_chunk"),
+    *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
+    *("data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone"),
 }
-MAY_CHANGE |= {f"checkpoint.{key}" for key in ("every", "keep", "milestone")}
 REQUEUE_FILE = "requeue"
 SHEET_FILE = "contact_sheet.png"
 MIN_TRIED = 200  # frames, before a share of bad ones means anything
@@ -80,8 +81,10 @@ def run(config: TrainConfig, world: World) -> None:
     # Model
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    saved = load_newest(out_dir / "checkpoints")
-    check_resumable(saved, config, shard_set)
+    newest = world.from_main(lambda: find_newest(out_dir / "checkpoints"))
+    saved = None if newest is None else load(newest)
+    if saved is not None:
+        check_resumable(saved, config, shard_set)
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
     if config.init is not None and saved is None:
@@ -93,11 +96,10 @@ def run(config: TrainConfig, world: World) -> None:
     optimizer = make_optimizer(model, config.optim)
     state = DataState()
     if saved is not None:
-        _, content = saved
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        state = DataState(**content["data"])
-        del content, saved
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = DataState(**saved["data"])
+        del saved
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
 
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=config.total_steps)
@@ -112,7 +114,7 @@ def run(config: TrainConfig, world: World) -> None:
 
     def evaluate(step: int) -> None:
         # A run that was killed in between has validated before, or has still to do so.
-        if val_split is None or world.broadcast(reporter.has(step, config.data.val_split)):
+        if val_split is None or world.from_main(lambda: reporter.has(step, config.data.val_split)):
             return
         result = validate(model, val_split, config, world, workers)
         reporter.scalars(step, config.data.val_split, result.figures)
@@ -188,9 +190,11 @@ def train(
                     f"{skipped} steps in a row were not finite (max_skipped={config.max_skipped}): lower optim.lr, or "
                     "look at the scenes listed above"
                 )
-        window.add(outcome.terms, outcome.norms, batch["images"].shape[:2].numel(), began, waited)
-        if step % config.log_every == 0 or step == config.total_steps:
-            values = window.close(world) | {"lr": lr} | memory_gb(world.device)
+        else:
+            window.add(outcome.terms, outcome.norms, batch["images"].shape[:2].numel(), began, waited)
+        if window.steps and (step % config.log_every == 0 or step == config.total_steps):
+            values = window.means(world) | {"lr": lr} | memory_gb(world.device)
+            window = Window()
             reporter.scalars(step, config.data.train_split, values)
             reporter.progress(step, values)
         if step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop:
@@ -221,28 +225,25 @@ class Window:
         self.steps, self.images = self.steps + 1, self.images + images
         self.waited, self.seconds = self.waited + waited, self.seconds + time.perf_counter() - began
 
-    def close(self, world: World) -> dict[str, float]:
-        """The means over the steps and over the ranks; the window starts anew."""
+    def means(self, world: World) -> dict[str, float]:
+        """The means over the steps and over the ranks."""
         values = torch.stack(list(self.sums.values())).double() / self.steps
         means = (world.sum(values) / world.size).tolist()
         rates = {"images_per_s": self.images * world.size / self.seconds, "data_wait": self.waited / self.seconds}
-        result = dict(zip(self.sums, means, strict=True)) | rates
-        self.__init__()
-        return result
+        return dict(zip(self.sums, means, strict=True)) | rates
 
 
-def check_resumable(saved: tuple[Path, dict[str, Any]] | None, config: TrainConfig, shard_set: ShardSet) -> None:
+def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_set: ShardSet) -> None:
     """Raises ValueError if the run in out_dir was another one: other settings, or other data."""
-    if saved is None:
-        return
-    path, content = saved
     advice = f"give another out_dir, or remove {config.out_dir} to start anew"
-    if content["shards"] != shard_set.digest:
-        raise ValueError(f"{path}: was trained on other shards than {shard_set.root}; {advice}")
-    now, before = flatten(to_dict(config)), flatten(content["config"])
+    if saved["shards"] != shard_set.digest:
+        raise ValueError(f"{config.out_dir}: was trained on other shards than {shard_set.root}; {advice}")
+    now, before = flatten(to_dict(config)), flatten(saved["config"])
     for key in now:
         if key not in MAY_CHANGE and now[key] != before.get(key):
-            raise ValueError(f"{path}: was trained with {key}={before.get(key)!r}, now it is {now[key]!r}; {advice}")
+            raise ValueError(
+                f"{config.out_dir}: was trained with {key}={before.get(key)!r}, now it is {now[key]!r}; {advice}"
+            )
 
 
 def publish_pictures(result: Validation, step: int, out_dir: Path, reporter: Reporter) -> None:

@@ -53,7 +53,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
     """Linear warm-up, then a cosine to zero; a function of the step alone. Returns the learning rate."""
-    progress = (step + 1) / total
+    progress = (step + 0.5) / total  # the middle of the step: the last one counts, too
     if progress < config.warmup:
         factor = progress / config.warmup
     else:

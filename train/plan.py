@@ -42,6 +42,8 @@ class DataConfig:
             raise ValueError(f"views: expected [least, most] with 1 <= least <= most, found {list(self.views)}")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect: expected [least, most] with 0 < least <= most, found {list(self.aspect)}")
+        if self.val_split == self.train_split:
+            raise ValueError(f"val_split: {self.val_split!r} is what train_split trains on; expected another split")
         if self.width < PATCH or self.width % PATCH:
             raise ValueError(f"width: expected a multiple of {PATCH} pixels, found {self.width}")
         if self.workers is not None and self.workers < 0:
@@ -123,7 +125,7 @@ def plan_step(
     count = scenes_per_rank(max_img_per_gpu, shape.views)
     first = state.position + rank * count
     scenes = tuple(draw_scene(config, lengths, seed, first + i, shape.views) for i in range(count))
-    return Step(shape, scenes, DataState(state.step + 1, state.position + world_size * count))
+    return Step(shape, scenes, advance(config, seed, state, max_img_per_gpu=max_img_per_gpu, world_size=world_size))
 
 
 def draw_scene(config: DataConfig, lengths: np.ndarray, seed: int, position: int, views: int) -> Scene:
@@ -158,7 +160,7 @@ def validation_plan(config: DataConfig, lengths: np.ndarray, rank: int, world_si
     shape = StepShape(config.val_views, image_height(config.width, config.val_aspect), config.width)
     steps = []
     for sequence in chosen[rank::world_size]:
-        # Not the very ends: a turn-table's last frame is often its first place again.
+        # Without the very last: a turn-table often ends where it began.
         frames = (np.arange(config.val_views) * lengths[sequence] / config.val_views).astype(int)
         steps.append(Step(shape, (Scene(int(sequence), tuple(map(int, frames)), None),), DataState()))
     return steps

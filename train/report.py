@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -75,9 +76,11 @@ class Reporter:
         """One line of metrics.jsonl, and a TensorBoard point for each value."""
         if not self.is_main:
             return
-        self._metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, "split": split} | {name: finite.get(name) for name in values}  # JSON has no NaN
+        self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
+        for name, value in finite.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
@@ -101,7 +104,9 @@ def _drop_after(path: Path, step: int) -> None:
     """Forget the lines of steps that a resumed run takes again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(path)
 
 
 def _step_of(line: str) -> float:

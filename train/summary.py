@@ -59,6 +59,8 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
     lines = [json.loads(line) for line in (out_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["split"] == config.data.train_split]
     tested = [line for line in lines if line["split"] == config.data.val_split]
+    if not trained:
+        return f"Done: {config.total_steps:,} steps. {out_dir / METRICS_FILE} has none of their losses."
     text = [
         "",
         f"Done: {config.total_steps:,} steps. The training objective, over {config.log_every} steps, went from "
@@ -66,11 +68,13 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
     ]
     if len(tested) > 1:
         text += _compare(tested[0], tested[-1], config)
+    sheet = f"{out_dir}/contact_sheet.png"
+    shown = [f"Look at  {sheet}  (views, predicted and true depth on one scale)"] if Path(sheet).exists() else []
     text += [
         "",
-        f"Look at  {out_dir}/contact_sheet.png  (views, predicted and true depth on one scale)",
-        f"    and  tensorboard --logdir {out_dir}/tensorboard",
-        f"The weights are in  {out_dir}/checkpoints/latest",
+        *shown,
+        f"Curves:   tensorboard --logdir {out_dir}/tensorboard",
+        f"Weights:  {out_dir}/checkpoints/latest",
         "",
         *_next_steps(config),
     ]
@@ -80,8 +84,10 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
 def _compare(before: dict[str, Any], after: dict[str, Any], config: TrainConfig) -> list[str]:
     text = [f"On sequences of the {config.data.val_split} split, never trained on, before -> after:"]
     for key, (name, meaning, form) in MEANINGS.items():
-        if key in before and key in after:
+        if before.get(key) is not None and after.get(key) is not None:
             text.append(f"  {name}: {form.format(before[key])} -> {form.format(after[key])}  ({meaning})")
+    if None in (before["loss_objective"], after["loss_objective"]):
+        return [*text, "A loss on them is not finite: look at the log above."]
     if after["loss_objective"] < before["loss_objective"]:
         return [*text, "The objective went down on them, too: what was learned holds for scenes it has not seen."]
     return [*text, "The objective went up on them: try fewer steps, a lower optim.lr, or more sequences."]

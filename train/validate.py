@@ -76,12 +76,17 @@ def scene_figures(predictions: dict[str, Any], batch: Batch, config: TrainConfig
     """All figures of one scene, a batch of one."""
     terms = losses(predictions, batch, denominators(batch, config.loss), config.loss)
     figures = {name: float(value) for name, value in terms.items()}
+    has_scale = bool(batch["has_scale"][0])
+    if not has_scale:  # nothing is known of lengths: a zero would pass for perfect
+        figures = {name: value for name, value in figures.items() if name != "loss_T" and "_depth" not in name}
+        figures = {name: value for name, value in figures.items() if "_point" not in name}
     if config.loss.camera > 0 and batch["images"].shape[1] > 1:
         height, width = batch["images"].shape[-2:]
         poses, _ = decode_pose(predictions["pose_enc"][0].double(), height, width)
         rotation, translation = pair_errors(poses, batch["extrinsics"][0].double())
-        figures |= {"rotation_deg": float(rotation.mean()), "translation_deg": float(translation.mean())}
+        figures["rotation_deg"] = float(rotation.mean())
+        figures["translation_deg"] = float(translation.mean())
         figures["auc_30"] = pose_auc(torch.maximum(rotation, translation), 30)
-    if config.loss.depth > 0 and bool(batch["has_scale"][0]):
+    if config.loss.depth > 0 and has_scale:
         figures["depth_abs_rel"] = float(depth_abs_rel(predictions["depth"][..., 0], batch["depth"], batch["mask"]))
     return figures
