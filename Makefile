@@ -52,11 +52,14 @@ ifneq ($(CO3D_DIR),)
 	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi
 	@$(BIN)/vggt-prep pack --co3d-dir "$(CO3D_DIR)" --annotation-dir "$(CO3D_ANNOTATION_DIR)" --out "$(SHARDS)"
 else
-	@if [ -e "$(SHARDS)/dataset.json" ]; then echo "$(SHARDS) is there: using it"; else \
+	@if [ -e "$(SHARDS)/dataset.json" ]; then echo "$(SHARDS) is there: using it"; \
+	elif [ "$(origin SHARDS)" != file ] || [ -d "$(SHARDS)" ]; then \
+	  echo "$(SHARDS): no finished shard set; pack one with CO3D_DIR=... CO3D_ANNOTATION_DIR=..."; exit 2; \
+	else \
 	  $(BIN)/vggt-prep synth --out $(DEMO)/captures && \
 	  $(BIN)/vggt-prep pack --co3d-dir $(DEMO)/captures/co3d --annotation-dir $(DEMO)/captures/annotations \
 	    --out $(DEMO)/shards && \
-	  mkdir -p "$$(dirname "$(SHARDS)")" && ln -sfn "$(CURDIR)/$(DEMO)/shards" "$(SHARDS)"; fi
+	  ln -sfn "$(CURDIR)/$(DEMO)/shards" "$(SHARDS)"; fi
 endif
 
 finetune: shards

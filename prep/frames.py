@@ -18,6 +18,7 @@ FAR_PERCENTILE = 98.0  # of the valid depths: what lies farther is mostly noise 
 MASK_THRESHOLD = 128
 ROTATION_TOLERANCE = 1e-3
 SKEW_TOLERANCE = 1e-6  # of the focal length
+MAX_OFF_CENTRE = 0.375  # of a side: crops for training are centred on the principal point, and would be tiny
 PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -55,9 +56,9 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
         image, eighths = decode_jpeg(data, scale)
     except ValueError as error:
         raise BadFrameError("image is damaged", str(error)) from error
-    x, y = frame.intrinsics[:2, 2]
-    if not (0 < x < source_size[1] - 1 and 0 < y < source_size[0] - 1):  # crops for training are centred on it
-        raise BadFrameError("principal point is outside the image", f"({x:g}, {y:g})")
+    places = (frame.intrinsics[:2, 2] + 0.5) / source_size[::-1]
+    if np.abs(places - 0.5).max() > MAX_OFF_CENTRE:
+        raise BadFrameError("principal point is far from the centre", f"at {places} of the sides")
     # An edge at x of the source lies at x * factor of the stored image, which need not be the ratio of the sizes:
     # a decoder that scales by k/8 rounds sizes up.
     size, factor = source_size, (1.0, 1.0)

@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+import shards
 from prep.frames import BadFrameError, FrameOptions, pack_frame
 from prep.source import Sequence, Source
 from shards.index import TarIndex, index_tar, write_index
@@ -86,10 +87,11 @@ def pack(
             f"no frame to pack: {source.skipped} annotated sequences, but no folder of any; is --co3d-dir right?"
         )
     description, stored = source.describe(), asdict(options)
+    work = out / WORK_FOLDER
     if _already_packed(out, description, stored, plan):
+        shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
         on_shard(total)
         return _result(out, source.skipped)
-    work = out / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
     for leftover in [*out.glob("*.tmp"), *work.glob("*.tmp")]:
         leftover.unlink()
@@ -103,11 +105,14 @@ def pack(
     }
     write_json(out / REPORT_FILE, report)
     if len(report["bad"]) > max_bad * total:
+        for name, part in reports.items():
+            if part["bad"]:  # to be made again from a mended dataset
+                (work / f"{name}.json").unlink()
         reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in report["bad"]).most_common())
         raise PackError(
             f"{len(report['bad'])} of {total} frames are bad, more than --max-bad {max_bad:g} allows: {reasons}; "
-            f"each is listed in {out / REPORT_FILE}. Mend the dataset, or allow more and run again: "
-            "what is packed is kept"
+            f"each is listed in {out / REPORT_FILE}. Mend the dataset, or allow more, and run again: "
+            "shards without bad frames are kept"
         )
     tars = [
         TarIndex(f"{name}.tar", split, [tuple(s) for s in reports[name]["sequences"]], np.load(work / f"{name}.npy"))
@@ -149,16 +154,37 @@ def _already_packed(out: Path, description: dict[str, Any], options: dict[str, A
     wanted = _job_record(description, options, plan)
     for path in (out / DATASET_FILE, out / WORK_FOLDER / JOB_FILE):
         if path.is_file():
-            found = json.loads(path.read_bytes())
+            found = _read_record(path)
             for key, what in (("options", "other options"), ("source", "another dataset")):
                 if found.get(key) != wanted[key]:
                     raise PackError(f"{out}: holds shards of {what}; give another --out, or remove it first")
+            if path.name == DATASET_FILE and not _is_whole(out):
+                path.unlink()  # a file is missing or cut off: make the set again
+                return False
             return path.name == DATASET_FILE
     if out.exists() and not out.is_dir():
         raise PackError(f"{out}: expected a directory")
     if out.is_dir() and any(path.name != WORK_FOLDER for path in out.iterdir()):
         raise PackError(f"{out}: not empty, and holds no shards; give another --out")
     return False
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise PackError(f"{path}: damaged ({error}); remove {path.parent} and pack again") from error
+    if not isinstance(found, dict):
+        raise PackError(f"{path}: expected a JSON object; is this a shard set?")
+    return found
+
+
+def _is_whole(out: Path) -> bool:
+    try:
+        shards.open(out)
+    except ValueError:
+        return False
+    return True
 
 
 def _run(

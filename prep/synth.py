@@ -36,12 +36,12 @@ def synth(out: Path, options: SynthOptions, executor: Executor, on_scene: Callab
 
     The directory appears when it is whole. Raises ValueError if `out` holds anything else.
     """
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         done = out / DONE_FILE
         if done.is_file() and json.loads(done.read_bytes()) == asdict(options):
             return False
         raise ValueError(f"{out}: exists, and is not this rendering; give another --out, or remove it first")
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f".{out.name}.unfinished-synth")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     annotations: dict[str, dict[str, Any]] = {}
@@ -60,7 +60,7 @@ def synth(out: Path, options: SynthOptions, executor: Executor, on_scene: Callab
         data = gzip.compress(json.dumps(sequences, sort_keys=True).encode(), mtime=0)
         (temporary / "annotations" / f"{name}.jgz").write_bytes(data)
     write_json(temporary / DONE_FILE, asdict(options))
-    temporary.rename(out)
+    temporary.replace(out)
     return True
 
 

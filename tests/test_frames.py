@@ -154,7 +154,7 @@ ROTATION = np.eye(4)[:3]
         (lambda f: f.extrinsics.__setitem__((0, 0), 1.1), "camera is not a rotation"),
         (lambda f: f.intrinsics.__setitem__((0, 1), 2), "intrinsics are skewed"),
         (lambda f: f.intrinsics.__setitem__((0, 0), -300), "intrinsics are not"),
-        (lambda f: f.intrinsics.__setitem__((1, 2), 240), "principal point is outside the image"),
+        (lambda f: f.intrinsics.__setitem__((1, 2), 230), "principal point is far from the centre"),
     ],
 )
 def test_a_frame_that_cannot_be_used_says_why(make_frame, change, reason):
