@@ -13,9 +13,10 @@ from conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def checkout(tmp_path):
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
     """The tracked files alone, with this environment instead of a new one."""
+    tmp_path = tmp_path_factory.mktemp("checkout")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, files.stdout.split("\0")):
         (tmp_path / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def figures(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_make_finetune_renders_packs_trains_and_tells(checkout, co3d_mini):
+def test_make_finetune_renders_packs_trains_and_tells(checkout):
     done = make(checkout, "finetune")
     assert done.returncode == 0, done.stderr
     run = checkout / "runs" / "demo"
@@ -54,7 +55,11 @@ def test_make_finetune_renders_packs_trains_and_tells(checkout, co3d_mini):
     assert "data/shards is there: using it" in again.stdout
     assert "it is finished" in again.stdout
 
-    # Then the user's own data, with the same defaults: the demo makes room, and nothing of it is lost.
+
+def test_make_finetune_takes_real_captures_in_the_same_place(checkout, co3d_mini):
+    """After the demo, with the same defaults: its shards make room, and nothing of it is lost."""
+    if not (checkout / "data" / "demo").exists():
+        assert make(checkout, "shards").returncode == 0
     real = (f"CO3D_DIR={co3d_mini / 'co3d'}", f"CO3D_ANNOTATION_DIR={co3d_mini / 'annotations'}")
     for processes in (1, 2):
         steps = f"ARGS=max_steps={30 // processes} log_every=5"
