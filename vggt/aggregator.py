@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vggt.config import VGGTConfig
-from vggt.layers import Block, rope_table
+from vggt.layers import Block, first_and_rest, rope_table
 from vggt.memory import run_block
 from vggt.vit import VisionTransformer
 
@@ -29,7 +29,9 @@ class Aggregator(nn.Module):
         self.frame_blocks = self._blocks()
         self.global_blocks = self._blocks()
         for name, value in (("_mean", IMAGENET_MEAN), ("_std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(value).view(1, 1, 3, 1, 1), persistent=False)
+            # On a device of its own choice: a model built on the meta device has no checkpoint to fill these from.
+            value = torch.tensor(value, device="cpu").view(1, 1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     def _blocks(self) -> nn.ModuleList:
         c = self.config
@@ -48,11 +50,10 @@ class Aggregator(nn.Module):
         P = special tokens + H/14 * W/14; the tokens are the frame-wise and the scene-wise output, concatenated.
         """
         b, s, _, height, width = images.shape
-        images = (images - self._mean) / self._std
+        images = (images.to(self._mean.dtype) - self._mean) / self._std
         patches = self.patch_embed(images.flatten(0, 1))  # [B * S, H/14 * W/14, dim]
         special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, special, dim]
-        special = torch.cat([special[:, :1], special[:, 1:].expand(-1, s - 1, -1, -1)], dim=1)  # [1, S, ...]
-        special = special.expand(b, -1, -1, -1).flatten(0, 1).to(patches.dtype)
+        special = first_and_rest(special, s).expand(b, -1, -1, -1).flatten(0, 1).to(patches.dtype)
         x = torch.cat([special, patches], dim=1)  # [B * S, P, dim]
         p, dim = x.shape[1:]
         head_dim = dim // self.config.num_heads

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
-HEADS = ("camera", "depth", "point")
+HEADS = ("camera", "depth", "point", "track")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,12 @@ class VGGTConfig:
     dense_layers: tuple[int, int, int, int] = (4, 11, 17, 23)  # pairs whose output the dense heads read
     dense_features: int = 256
     dense_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
+    track_features: int = 128
+    track_hidden: int = 384
+    track_depth: int = 6
+    track_heads: int = 8
+    track_levels: int = 7  # of the correlation pyramid
+    track_radius: int = 4  # of the correlation window, in pixels of its level
     heads: tuple[str, ...] = HEADS
     head_chunk: int | None = 8  # frames that go through a dense head at a time; None: all
 
@@ -39,6 +47,13 @@ class VGGTConfig:
             raise ValueError(f"head_chunk: expected at least 1 frame or null, found {self.head_chunk}")
         if self.embed_dim // self.num_heads % 4:
             raise ValueError("embed_dim / num_heads must be a multiple of 4 for 2D rotary positions")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
+        """From a config.json's values. What is not there has its default; what is no key of ours is passed over,
+        since the published model's config.json has other names."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
 
 # The smallest model of the same architecture: for tests, and the one the reference figures were made with.
@@ -54,6 +69,10 @@ _TINY = {
     "dense_layers": (0, 1, 2, 3),
     "dense_features": 32,
     "dense_channels": (16, 32, 64, 64),
+    "track_features": 32,
+    "track_hidden": 48,
+    "track_levels": 3,
+    "track_radius": 2,
 }
 # Learns something from scratch in minutes on two cores.
 _DEMO = {
@@ -68,6 +87,10 @@ _DEMO = {
     "dense_layers": (0, 1, 2, 3),
     "dense_features": 32,
     "dense_channels": (32, 64, 96, 128),
+    "track_features": 32,
+    "track_hidden": 96,
+    "track_levels": 4,
+    "track_radius": 3,
 }
 _PRESETS = {"1b": {}, "demo": _DEMO, "tiny": _TINY}
 PRESETS = tuple(_PRESETS)

@@ -46,7 +46,7 @@ class Fusion(nn.Module):
 class Scratch(nn.Module):
     """The convolutions behind the projections, under the names of the published checkpoint."""
 
-    def __init__(self, channels: tuple[int, ...], features: int, outputs: int) -> None:
+    def __init__(self, channels: tuple[int, ...], features: int, width: int) -> None:
         super().__init__()
         self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
             nn.Conv2d(c, features, 3, padding=1, bias=False) for c in channels
@@ -55,20 +55,21 @@ class Scratch(nn.Module):
         self.refinenet2 = Fusion(features, has_skip=True)
         self.refinenet3 = Fusion(features, has_skip=True)
         self.refinenet4 = Fusion(features, has_skip=False)
-        self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        self.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, outputs, 1)
-        )
+        self.output_conv1 = nn.Conv2d(features, width, 3, padding=1)
 
 
-class DenseHead(nn.Module):
-    """outputs: channels of the map, the last one its confidence (2 for depth, 4 for points)."""
+class DPT(nn.Module):
+    """Fuses the tokens of four depths of the trunk into one feature map a view.
 
-    def __init__(self, config: VGGTConfig, outputs: int) -> None:
+    features: channels of the fusion; width: channels of the map; code_position: whether each level is told its place.
+    """
+
+    def __init__(self, config: VGGTConfig, features: int, width: int, *, code_position: bool) -> None:
         super().__init__()
         dim, channels = 2 * config.embed_dim, config.dense_channels
         self.patch_size = config.patch_size
         self.chunk = config.head_chunk
+        self.code_position = code_position
         self.norm = nn.LayerNorm(dim)
         self.projects = nn.ModuleList(nn.Conv2d(dim, c, 1) for c in channels)
         self.resize_layers = nn.ModuleList(
@@ -79,34 +80,16 @@ class DenseHead(nn.Module):
                 nn.Conv2d(channels[3], channels[3], 3, stride=2, padding=1),
             ]
         )
-        self.scratch = Scratch(channels, config.dense_features, outputs)
+        self.scratch = Scratch(channels, features, width)
 
-    def forward(self, tokens: list[Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Tokens of four pairs, each [B, S, P, 2 * dim], the patches last -> raw maps and raw confidence.
-
-        Returns [B, S, H, W, outputs - 1] and [B, S, H, W], before their activations. Frames do not see each
-        other here, so they pass in chunks: the full-resolution maps are the largest tensors of the model.
-        """
-        b, s = tokens[0].shape[:2]
-        # In float32 whatever the autocast outside: exp() of the outputs leaves no room for bf16.
-        with torch.autocast(tokens[0].device.type, enabled=False):
-            (maps,) = map_frames(
-                lambda part: (self._frames(part, height, width),),
-                [t.flatten(0, 1) for t in tokens],
-                self.chunk,
-            )
-        maps = maps.view(b, s, *maps.shape[1:])
-        return maps[..., :-1], maps[..., -1]
-
-    def _frames(self, tokens: list[Tensor], height: int, width: int) -> Tensor:
-        """Four [N, P, 2 * dim] -> [N, H, W, outputs]."""
+    def fuse(self, tokens: list[Tensor], height: int, width: int, size: tuple[int, int]) -> Tensor:
+        """Four [N, P, 2 * dim], the patches last, of images of height x width -> features [N, width, *size]."""
         rows, columns = height // self.patch_size, width // self.patch_size
-        aspect = width / height
         levels = []
         for x, project, resize_layer in zip(tokens, self.projects, self.resize_layers, strict=True):
-            x = x[:, -rows * columns :].float()
-            x = self.norm(x).transpose(1, 2).unflatten(2, (rows, columns))  # [N, 2 * dim, rows, columns]
-            levels.append(resize_layer(add_position(project(x), aspect)))
+            x = self.norm(x[:, -rows * columns :]).transpose(1, 2).unflatten(2, (rows, columns))
+            x = project(x)  # [N, channels, rows, columns]
+            levels.append(resize_layer(add_position(x, width / height) if self.code_position else x))
         s = self.scratch
         rn = (s.layer1_rn, s.layer2_rn, s.layer3_rn, s.layer4_rn)
         skips = [layer(x) for layer, x in zip(rn, levels, strict=True)]
@@ -114,8 +97,35 @@ class DenseHead(nn.Module):
         x = s.refinenet3(x, skips[2], skips[1].shape[-2:])
         x = s.refinenet2(x, skips[1], skips[0].shape[-2:])
         x = s.refinenet1(x, skips[0], (2 * skips[0].shape[-2], 2 * skips[0].shape[-1]))
-        x = resize(s.output_conv1(x), (height, width))
-        return s.output_conv2(add_position(x, aspect)).permute(0, 2, 3, 1)
+        return resize(s.output_conv1(x), size)
+
+
+class DenseHead(DPT):
+    """outputs: channels of the map, the last one its confidence (2 for depth, 4 for points)."""
+
+    def __init__(self, config: VGGTConfig, outputs: int) -> None:
+        features = config.dense_features
+        super().__init__(config, features, features // 2, code_position=True)
+        self.scratch.output_conv2 = nn.Sequential(
+            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, outputs, 1)
+        )
+
+    def forward(self, tokens: list[Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Tokens of four pairs, each [B, S, P, 2 * dim], the patches last -> raw maps and raw confidence.
+
+        Returns [B, S, H, W, outputs - 1] and [B, S, H, W], before their activations. Frames do not see each
+        other here, so they pass in chunks: the full-resolution maps are the largest tensors of the model.
+        """
+
+        def maps_of(part: list[Tensor]) -> Tensor:
+            x = self.fuse([t.float() for t in part], height, width, (height, width))
+            return self.scratch.output_conv2(add_position(x, width / height)).permute(0, 2, 3, 1)
+
+        b, s = tokens[0].shape[:2]
+        # In float32 whatever the autocast outside: exp() of the outputs leaves no room for bf16.
+        with torch.autocast(tokens[0].device.type, enabled=False):
+            maps = map_frames(maps_of, [t.flatten(0, 1) for t in tokens], self.chunk).unflatten(0, (b, s))
+        return maps[..., :-1], maps[..., -1]
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

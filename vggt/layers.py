@@ -1,4 +1,4 @@
-"""Building blocks shared by the ViT, the aggregator and the camera head.
+"""Building blocks shared by the ViT, the aggregator and the heads.
 
 Parameter names follow the published checkpoint (`norm1`, `attn.qkv`, `ls1.gamma`, `mlp.fc1`, ...).
 """
@@ -96,3 +96,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each half of the features by its own axis: x [B, heads, N, head_dim], cos and sin [N, head_dim]."""
     a, b, c, d = x.chunk(4, dim=-1)
     return x * cos + torch.cat([-b, a, -d, c], dim=-1) * sin
+
+
+def first_and_rest(pair: Tensor, views: int) -> Tensor:
+    """Learned tokens [1, 2, ...], for the reference view and for all the others -> one a view, [1, views, ...]."""
+    return torch.cat([pair[:, :1], pair[:, 1:].expand(-1, views - 1, *pair.shape[2:])], dim=1)

@@ -10,28 +10,42 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), computed again in the backward pass instead of keeping what it made; any shapes.
+
+    No random state is kept for the second time: nothing in the model draws.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 def run_block(block: nn.Module, x: Tensor, *args: Any) -> Tensor:
     """block(x, *args), keeping only its input if anything in it needs a gradient. x and result: [B, N, dim]."""
-    needs_graph = x.requires_grad or next(block.parameters()).requires_grad
-    if block.training and needs_graph and torch.is_grad_enabled():
-        return checkpoint(block, x, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
-    return block(x, *args)
+    needs_graph = x.requires_grad or any(p.requires_grad for p in block.parameters())
+    return recompute(block, x, *args) if block.training and needs_graph else block(x, *args)
 
 
-def map_frames(
-    function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], chunk: int | None
-) -> tuple[Tensor, ...]:
+def map_frames(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], chunk: int | None) -> Tensor:
     """function(inputs) over chunks of the first axis (frames), each recomputed in the backward pass.
 
-    inputs: tensors [N, ...]; the results are tensors [N, ...]. chunk None: all frames at once, nothing recomputed.
+    inputs: tensors [N, ...]; the result is a tensor [N, ...]. chunk None: all frames at once, nothing recomputed.
     The values and gradients do not depend on the chunk.
     """
     if chunk is None:
         return function(inputs)
-    parts = []
-    for part in zip(*(x.split(chunk) for x in inputs), strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(function, list(part), use_reentrant=False))
-        else:
-            parts.append(function(list(part)))
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    parts = zip(*(x.split(chunk) for x in inputs), strict=True)
+    return torch.cat([recompute(function, list(part)) for part in parts])
+
+
+def hold_in_bf16(module: nn.Module) -> None:
+    """Turn the weights of a frozen module's linear layers into bf16, in place: half the memory, for autocast only.
+
+    Under bf16 autocast the results are the same to the bit, as it would round these weights at every use. Norms,
+    scales and tokens stay as they are. Raises ValueError if a linear layer trains: it would lose its small steps.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            if any(p.requires_grad for p in layer.parameters()):
+                raise ValueError(f"{name}: trains; only frozen layers can be held in bf16")
+            layer.to(torch.bfloat16)

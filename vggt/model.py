@@ -1,15 +1,20 @@
-"""VGGT: images of a scene in, cameras, depth and points out (arXiv:2503.11651)."""
+"""VGGT: images of a scene in, cameras, depth, points and tracks out (arXiv:2503.11651)."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vggt.aggregator import Aggregator
 from vggt.camera_head import CameraHead
+from vggt.checks import check_images, check_query_points
 from vggt.config import VGGTConfig
 from vggt.dense_head import DenseHead
-from vggt.weights import load_weights
+from vggt.track_head import TrackHead
+from vggt.weights import fill, read_checkpoint, write_weights
 
 
 class VGGT(nn.Module):
@@ -25,44 +30,62 @@ class VGGT(nn.Module):
             self.point_head = DenseHead(config, outputs=4)
         if "depth" in config.heads:
             self.depth_head = DenseHead(config, outputs=2)
+        if "track" in config.heads:
+            self.track_head = TrackHead(config)
 
     @classmethod
-    def from_pretrained(cls, source: str, config: VGGTConfig | None = None) -> VGGT:
-        """A model with the weights of `source`: see vggt.weights.load_weights, also for what it raises."""
-        model = cls(config)
-        load_weights(model, source)
-        return model
+    def from_pretrained(cls, source: str | Path, config: VGGTConfig | None = None) -> VGGT:
+        """A model with the weights of `source`, on the CPU, in eval mode.
 
-    def forward(self, images: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        source: a .pt or .safetensors file, a folder with one (as save_pretrained makes it), a checkpoint of the
+        trainer, or a Hugging Face name such as facebook/VGGT-1B. config: what to build; without it, what `source` says
+        of itself, or the published model. Heads that config.heads leaves out may be in `source` or not.
+        Raises ValueError listing what is missing, unexpected or of another shape.
+        """
+        state, found = read_checkpoint(source)
+        with torch.device("meta"):  # no time and memory for weights that are replaced at once
+            model = cls(config or VGGTConfig.from_dict(found))
+        fill(model, state, source)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write folder/model.safetensors and folder/config.json, which from_pretrained reads."""
+        write_weights(Path(folder), self.state_dict(), asdict(self.config))
+
+    def forward(self, images: Tensor, query_points: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
         """Images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1], H and W multiples of 14; view 0 is the reference.
+
+        query_points: [B, N, 2] or [N, 2], points of view 0 to track, (x, y) in pixels, (0, 0) the first one's centre.
 
         Returns, for the heads there are, with poses camera-from-world in the frame of view 0:
             pose_enc [B, S, 9] and pose_enc_list, one a round (see vggt.geometry.encode_pose)
             depth [B, S, H, W, 1] > 0 and depth_conf [B, S, H, W] > 1
             world_points [B, S, H, W, 3] and world_points_conf [B, S, H, W] > 1
-        Raises ValueError for images of another shape.
+            with query points track [B, S, N, 2] in pixels, vis and conf [B, S, N] in (0, 1)
+        Raises ValueError or TypeError for arguments of other shapes, types or values.
         """
-        if images.ndim == 4:
-            images = images[None]
-        patch = self.config.patch_size
-        if images.ndim != 5 or images.shape[2] != 3 or images.shape[3] % patch or images.shape[4] % patch:
-            raise ValueError(
-                f"images: expected [B, S, 3, H, W] with H and W multiples of {patch}, found {tuple(images.shape)}"
-            )
+        images = images[None] if images.ndim == 4 else images
+        check_images(images, self.config)
+        if query_points is not None:
+            query_points = query_points[None] if query_points.ndim == 2 else query_points
+            check_query_points(query_points, images, self.config)
         height, width = images.shape[-2:]
-        last, dense = self.config.depth - 1, self.config.dense_layers
-        reads_dense = "depth" in self.config.heads or "point" in self.config.heads
+        heads, last, dense = self.config.heads, self.config.depth - 1, self.config.dense_layers
+        reads_dense = "depth" in heads or "point" in heads or query_points is not None
         kept = self.aggregator(images, keep={last, *dense} if reads_dense else {last})
 
         out: dict[str, Tensor | list[Tensor]] = {}
-        if "camera" in self.config.heads:
+        if "camera" in heads:
             with torch.autocast(images.device.type, enabled=False):
                 encodings = self.camera_head(kept[last][:, :, 0].float())
             out |= {"pose_enc": encodings[-1], "pose_enc_list": encodings}
-        if "depth" in self.config.heads:
+        if "depth" in heads:
             raw, conf = self.depth_head([kept[i] for i in dense], height, width)
             out |= {"depth": raw.exp(), "depth_conf": 1 + conf.exp()}
-        if "point" in self.config.heads:
+        if "point" in heads:
             raw, conf = self.point_head([kept[i] for i in dense], height, width)
             out |= {"world_points": raw.sign() * raw.abs().expm1(), "world_points_conf": 1 + conf.exp()}
+        if query_points is not None:
+            tracks, visible, conf = self.track_head([kept[i] for i in dense], height, width, query_points)
+            out |= {"track": tracks[-1], "vis": visible, "conf": conf}
         return out

@@ -1,64 +1,88 @@
-"""Reading weights: published checkpoints, and the trainer's own. Nothing that is read can execute code."""
+"""Weights on disk: published checkpoints, the trainer's, and our own. Nothing that is read can execute code."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-HUB_FILE = "model.safetensors"
+WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that is there
+CONFIG_FILE = "config.json"
 
 
-def read_state_dict(source: str) -> dict[str, Tensor]:
-    """Name -> tensor from a .pt or .safetensors file, or from a Hugging Face name such as facebook/VGGT-1B.
+def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Names and tensors of any shape, and what the checkpoint says of the model that it is of ({}: nothing).
 
-    A .pt holds the tensors themselves or {"model": tensors}. Raises ValueError saying what is wrong with `source`.
+    source: see VGGT.from_pretrained. A .pt holds the tensors themselves, or {"model": tensors} and, if it is one
+    of the trainer's, "model_config". Raises ValueError saying what is wrong with `source`.
     """
     path = Path(source)
     if not path.exists():
-        path = _download(source)
+        path = _download(str(source))
+    if path.is_dir():
+        return _read_folder(path)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            return load_file(path)
+            return load_file(path), {}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint of tensors only ({first_line})") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
+    state, config = content, {}
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        state, config = content["model"], content.get("model_config", {})
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected names and tensors, or {{'model': names and tensors}}")
-    return state
+    return state, config
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if weights is None:
+        raise ValueError(f"{folder}: expected {' or '.join(WEIGHT_FILES)} in this folder, found neither")
+    state, config = read_checkpoint(weights)
+    path = folder / CONFIG_FILE
+    if path.exists():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    return state, config
 
 
 def _download(name: str) -> Path:
     looks_local = name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".pt", ".safetensors"))
     if looks_local:
-        raise ValueError(f"{name}: no such file; expected a .pt or .safetensors file or a name like facebook/VGGT-1B")
+        raise ValueError(
+            f"{name}: no such file; expected a .pt or .safetensors file, a folder with one, or a name like "
+            "facebook/VGGT-1B"
+        )
     try:
-        from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"{name}: no such file; to fetch it from Hugging Face: pip install '.[hub]'") from error
     try:
-        return Path(hf_hub_download(name, HUB_FILE))
+        return Path(snapshot_download(name, allow_patterns=[WEIGHT_FILES[0], CONFIG_FILE]))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError
         raise ValueError(f"{name}: no such file here, and not to be had from Hugging Face ({error})") from error
 
 
-def load_weights(model: nn.Module, source: str) -> None:
-    """Fill `model` from `source` by name; heads that the model was built without may be in the file.
+def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Give `model` its tensors from `state` by name, each in the type the model has it in.
 
+    Heads that the model was built without may be in `state`. source: what `state` was read from, for messages.
     Raises ValueError listing what is missing, unexpected or of another shape; the model is then unchanged.
     """
-    state = read_state_dict(source)
     own = model.state_dict()
     modules = {name.split(".")[0] for name in own}
     missing = [name for name in own if name not in state]
@@ -71,10 +95,49 @@ def load_weights(model: nn.Module, source: str) -> None:
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
     found = [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems if names]
     if found:
-        raise ValueError(f"{source} does not fit this model; {'; '.join(found)}")
-    model.load_state_dict({name: state[name] for name in own})
+        raise ValueError(f"{source} does not fit this model; {'; '.join(found)}{_advice(missing, state)}")
+    # Copies: what was read may be mapped from a file that is written over one day.
+    copies = {name: state[name].to(value.dtype, copy=True) for name, value in own.items()}
+    model.load_state_dict(copies, assign=True)
+
+
+def load_weights(model: nn.Module, source: str | Path) -> None:
+    """Fill `model` from `source`: see read_checkpoint and fill, also for what they raise."""
+    fill(model, read_checkpoint(source)[0], source)
+
+
+def _advice(missing: list[str], state: Mapping[str, Tensor]) -> str:
+    """What to do if whole modules are missing: the checkpoint may be right, and the model have too many heads."""
+    there = {name.split(".")[0] for name in state}
+    absent = sorted({name.split(".")[0] for name in missing} - there)
+    return f". It has no {', '.join(absent)} at all: is it of VGGT, and are all of VGGTConfig.heads needed?" if absent else ""
 
 
 def _shorten(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write names and tensors to a .pt or a .safetensors file, or else to a folder, with the config beside them.
+
+    A .pt is the plain state dict, as the published one. Files appear whole or not at all.
+    """
+    if path.suffix not in (".pt", ".safetensors"):
+        path.mkdir(parents=True, exist_ok=True)
+        write_weights(path / WEIGHT_FILES[0], state, config)
+        temporary = path / (CONFIG_FILE + ".tmp")
+        temporary.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path / CONFIG_FILE)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    try:
+        if path.suffix == ".pt":
+            torch.save(tensors, temporary)
+        else:
+            save_file(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
