@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import pytest
 import torch
-from golden_figures import GOLDEN, SHARED, golden_weights, load_json, load_tensors
+from golden_figures import GOLDEN, golden_weights, load_json, load_tensors
 
 from vggt import VGGT, VGGTConfig, preset
+from vggt.memory import hold_in_bf16
 
 DENSE = ("depth", "depth_conf", "world_points", "world_points_conf")
 
@@ -20,57 +22,135 @@ def tiny(weights, **options):
     return model
 
 
+def off(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def gradient_images():
+    return load_tensors(GOLDEN / "tiny_gradients.npz")["images"]
+
+
 @pytest.mark.parametrize("shape", ["portrait", "square", "landscape"])
-def test_forward_equals_published(weights, shape):
-    path = GOLDEN / f"tiny_forward_{shape}.npz"
-    if not path.exists():
-        path = SHARED / "golden" / path.name
-    if not path.exists():
-        pytest.skip("only portrait is in the repository")
-    g = load_tensors(path)
-    with torch.no_grad():
-        out = tiny(weights).eval()(g["images"])
-    out["pose_enc_list"] = torch.stack(out["pose_enc_list"])
-    for name in ("pose_enc_list", *DENSE):
-        assert (out[name] - g[name]).abs().max() <= 1e-5 * g[name].abs().max(), name
+class TestOutputsEqualPublished:
+    def test_heads(self, weights, shape):
+        g = load_tensors(GOLDEN / f"tiny_forward_{shape}.npz")
+        with torch.no_grad():
+            out = tiny(weights).eval()(g["images"], g["query_points"])
+        out["pose_enc_list"] = torch.stack(out["pose_enc_list"])
+        for name in ("pose_enc_list", *DENSE):
+            assert off(out[name], g[name]) <= 1e-5, name
+        assert torch.equal(out["pose_enc"], out["pose_enc_list"][-1])
+        for name in ("track", "vis", "conf"):
+            assert out[name].shape == g[name].shape
+
+    def test_aggregator(self, weights, shape):
+        g = load_tensors(GOLDEN / f"tiny_forward_{shape}.npz")
+        with torch.no_grad():
+            kept = tiny(weights).aggregator(g["images"], keep={0, 3})
+        assert set(kept) == {0, 3}
+        assert off(kept[0], g["agg_first"]) <= 1e-5
+        assert off(kept[3], g["agg_last"]) <= 1e-5
+
+    def test_tracks(self, weights, shape):
+        """The tracker amplifies rounding a hundredfold an iteration: what can be compared is the first and second."""
+        g = load_tensors(GOLDEN / f"tiny_forward_{shape}.npz")
+        model = tiny(weights).eval()
+        with torch.no_grad():
+            kept = model.aggregator(g["images"], keep={0, 1, 2, 3})
+            arguments = ([kept[i] for i in range(4)], *g["images"].shape[-2:], g["query_points"])
+            first, visible, confidence = model.track_head(*arguments, iterations=1)
+            tracks, _, _ = model.track_head(*arguments)
+        assert off(first[-1], g["track_1"]) <= 1e-4
+        assert off(visible, g["vis_1"]) <= 1e-4
+        assert off(confidence, g["conf_1"]) <= 1e-4
+        assert len(tracks) == len(g["track_list"])
+        assert off(tracks[0], g["track_list"][0]) <= 1e-4
+        assert off(tracks[1], g["track_list"][1]) <= 1e-3
 
 
 def test_gradients_equal_published(weights):
     model = tiny(weights, head_chunk=2).train()
-    out = model(load_tensors(GOLDEN / "tiny_gradients.npz")["images"])
+    out = model(gradient_images())
     scalar = sum((encoding**2).mean() for encoding in out["pose_enc_list"])
     scalar = scalar + (out["depth"].log() ** 2).mean() + out["depth_conf"].log().mean()
     scalar = scalar + out["world_points"].abs().mean() + out["world_points_conf"].log().mean()
     scalar.backward()
     expected = load_json("tiny_gradient_norms.json")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert set(model.state_dict()) - set(trained) == {"aggregator.patch_embed.mask_token"}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("track_head.")}
+    assert not model.aggregator.patch_embed.mask_token.requires_grad
     for name, parameter in trained.items():
         assert parameter.grad.norm().item() == pytest.approx(expected[name], rel=1e-4, abs=1e-9), name
+
+
+def test_every_parameter_of_the_track_head_gets_a_gradient(weights):
+    model = tiny(weights, heads=("track",), head_chunk=1).train()
+    out = model(gradient_images(), torch.tensor([[20.0, 30], [5, 8]]).expand(len(gradient_images()), -1, -1))
+    (out["track"].square().mean() + out["vis"].log().mean() + out["conf"].log().mean()).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]
+    assert not without
 
 
 def test_full_size_names_and_shapes_are_the_published_ones():
     with torch.device("meta"):
         state = VGGT(VGGTConfig()).state_dict()
-    expected = {
-        name: tuple(shape)
-        for name, shape in load_json("vggt_1b_manifest.json").items()
-        if not name.startswith("track_head.")
-    }
-    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+    expected = load_json("vggt_1b_manifest.json")
+    assert {name: list(value.shape) for name, value in state.items()} == expected
+    assert sum(value.numel() for value in state.values()) == pytest.approx(1.2565e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("heads", [("camera",), ("depth", "track"), ("point", "camera")])
+def test_heads_that_are_left_out_have_no_weights_and_no_outputs(weights, heads):
+    model = tiny(weights, heads=heads)
+    modules = {name.split(".")[0] for name in model.state_dict()}
+    assert modules == {"aggregator", *(f"{head}_head" for head in heads)}
+    with torch.no_grad():
+        out = model(torch.rand(2, 3, 28, 42), torch.tensor([[4.0, 5.0]]) if "track" in heads else None)
+    keys = {"camera": {"pose_enc", "pose_enc_list"}, "depth": set(DENSE[:2]), "point": set(DENSE[2:])}
+    keys["track"] = {"track", "vis", "conf"}
+    assert set(out) == set().union(*(keys[head] for head in heads))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_values_and_gradients_do_not_depend_on_the_head_chunk(weights, chunk):
-    images = load_tensors(GOLDEN / "tiny_gradients.npz")["images"]
+    images, query = gradient_images(), torch.tensor([[20.0, 30.0], [5.0, 8.0]])
     results = []
     for size in (None, chunk):
-        model = tiny(weights, heads=("camera", "depth"), head_chunk=size).train()
-        out = model(images)
-        (out["depth"].log().square().mean() + out["depth_conf"].log().mean()).backward()
-        results.append((out["depth"], model.depth_head.norm.weight.grad, model.aggregator.camera_token.grad))
+        model = tiny(weights, head_chunk=size).train()
+        out = model(images, query.expand(len(images), -1, -1))
+        terms = (out["depth"].log(), out["depth_conf"].log(), out["world_points"], out["world_points_conf"].log())
+        sum(term.square().mean() for term in terms).backward()
+        gradients = [p.grad for name, p in model.named_parameters() if not name.startswith(("camera_", "track_"))]
+        results.append([*(out[name] for name in DENSE), *(g for g in gradients if g is not None)])
+    assert len(results[0]) > 200
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def saved_bytes(model, images):
+    """The bytes that autograd keeps for the backward pass, weights aside, and the gradients it comes to."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(images)
+    total = sum(size for size, _ in kept.values())
+    (out["depth"].log().square().mean() + out["pose_enc"].square().mean()).backward()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_training_blocks_are_checkpointed_with_the_same_gradients(weights):
+    images = gradient_images()
+    kept, gradients = saved_bytes(tiny(weights, heads=("camera", "depth"), head_chunk=1).train(), images)
+    plain, expected = saved_bytes(tiny(weights, heads=("camera", "depth"), head_chunk=None).eval(), images)
+    assert kept < 0.2 * plain
+    assert gradients.keys() == expected.keys()
+    assert all(off(gradients[name], expected[name]) <= 1e-4 for name in expected if expected[name].abs().max() > 1e-9)
 
 
 def test_a_frozen_aggregator_builds_no_graph(weights):
@@ -81,43 +161,132 @@ def test_a_frozen_aggregator_builds_no_graph(weights):
     assert not any(tokens.requires_grad for tokens in kept.values())
 
 
-def test_under_autocast_the_heads_stay_in_float32(weights):
+def test_a_frozen_aggregator_in_bf16_gives_the_same_bits_under_autocast(weights):
+    model = tiny(weights).eval()
+    held = copy.deepcopy(model)
+    held.aggregator.requires_grad_(False)
+    hold_in_bf16(held.aggregator)
+    linear = [m for m in held.aggregator.modules() if isinstance(m, torch.nn.Linear)]
+    assert {m.weight.dtype for m in linear} == {torch.bfloat16}
+    g = load_tensors(GOLDEN / "tiny_forward_portrait.npz")
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        out = tiny(weights)(torch.rand(1, 2, 3, 28, 42))
+        a, b = (m(g["images"], g["query_points"]) for m in (model, held))
+    assert all(torch.equal(a[name], b[name]) for name in ("pose_enc", *DENSE, "track", "vis", "conf"))
+
+
+def test_weights_that_train_are_not_held_in_bf16(weights):
+    with pytest.raises(ValueError, match="trains; only frozen layers"):
+        hold_in_bf16(tiny(weights).aggregator)
+
+
+def test_under_autocast_camera_and_dense_heads_stay_in_float32_and_the_track_head_does_not(weights):
+    model, seen = tiny(weights), {}
+    for name in ("aggregator.frame_blocks.0", "camera_head.trunk.0", "depth_head.scratch", "track_head.tracker"):
+        layers = [m for m in model.get_submodule(name).modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+        for layer in layers:
+            layer.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        out = model(torch.rand(1, 2, 3, 28, 42), torch.tensor([[[3.0, 4.0]]]))
     assert {out[name].dtype for name in ("pose_enc", *DENSE)} == {torch.float32}
+    assert seen["aggregator.frame_blocks.0"] == {torch.bfloat16}
+    assert seen["camera_head.trunk.0"] == {torch.float32}
+    assert seen["depth_head.scratch"] == {torch.float32}
+    assert seen["track_head.tracker"] == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 30, 28), (2, 4, 28, 28), (28, 28), (1, 1, 2, 3, 28, 28)])
-def test_images_of_a_wrong_shape_are_refused_by_name(weights, shape):
-    with pytest.raises(ValueError, match="images: expected"):
-        tiny(weights)(torch.rand(shape))
+@pytest.mark.parametrize("query", [None, [[20.0, 30.0]]])
+def test_forward_compiles_as_one_graph(weights, query):
+    """No graph break means, too, that nothing in forward makes the host wait for a value of the device's."""
+    model = tiny(weights).eval()
+    arguments = [gradient_images()[:1], *([] if query is None else [torch.tensor([query])])]
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = model(*arguments)
+        out = torch.compile(model, backend="eager", fullgraph=True)(*arguments)
+    assert set(out) == set(expected)
+    assert all(off(out[name], expected[name]) <= 1e-5 for name in ("pose_enc", *DENSE))
 
 
-def test_checkpoints_load_by_name_with_heads_left_out(weights, tmp_path):
-    torch.save({"model": weights}, tmp_path / "published.pt")
-    model = VGGT.from_pretrained(str(tmp_path / "published.pt"), preset("tiny", heads=("camera",)))
-    assert torch.equal(model.state_dict()["camera_head.embed_pose.weight"], weights["camera_head.embed_pose.weight"])
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_gradients(weights):
+    gradients = []
+    for compiled in (False, True):
+        model = tiny(weights, heads=("camera", "depth"), head_chunk=1).train()
+        model.aggregator.requires_grad_(False)
+        out = (torch.compile(model, fullgraph=True) if compiled else model)(gradient_images())
+        (out["depth"].log().square().mean() + out["pose_enc"].square().mean()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, fused = gradients
+    assert plain.keys() == fused.keys()
+    assert all(off(fused[name], plain[name]) <= 1e-4 for name in plain if plain[name].abs().max() > 1e-7)
 
 
-def test_checkpoints_that_do_not_fit_are_refused_with_the_names(weights, tmp_path):
-    broken = dict(weights)
-    del broken["camera_head.embed_pose.bias"]
-    broken["aggregator.surplus"] = torch.zeros(1)
-    broken["camera_head.embed_pose.weight"] = torch.zeros(2, 2)
-    torch.save(broken, tmp_path / "broken.pt")
-    with pytest.raises(ValueError, match="does not fit") as caught:
-        VGGT.from_pretrained(str(tmp_path / "broken.pt"), preset("tiny"))
-    message = str(caught.value)
-    assert "1 missing: camera_head.embed_pose.bias" in message
-    assert "1 unexpected: aggregator.surplus" in message
-    assert "camera_head.embed_pose.weight (file [2, 2], model [128, 9])" in message
+@pytest.mark.gpu
+def test_forward_never_waits_for_the_device(weights):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = tiny(weights).eval().cuda()
+    images, query = gradient_images().cuda(), torch.tensor([[20.0, 30.0]]).cuda()
+    query = query.expand(len(images), -1, -1)
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        model(images, query)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(images, query)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (print, ("executed",))
+GOOD = torch.full((2, 3, 28, 42), 0.5)
 
-    torch.save({"model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="tensors only"):
-        VGGT.from_pretrained(str(tmp_path / "evil.pt"), preset("tiny"))
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(28, 42), r"images: expected \[B, S, 3, H, W\] or \[S, 3, H, W\], found \[28, 42\]"),
+        (torch.rand(1, 1, 2, 3, 28, 28), r"images: expected \[B, S, 3, H, W\].*found \[1, 1, 2, 3, 28, 28\]"),
+        (torch.rand(2, 28, 42, 3), r"images: expected \[B, S, 3, H, W\].*found \[1, 2, 28, 42, 3\]"),
+        (torch.rand(2, 3, 30, 28), r"images: expected H and W to be multiples of 14, found \[1, 2, 3, 30, 28\]"),
+        (torch.rand(0, 3, 28, 28), r"images: expected at least one scene of one view, found \[1, 0, 3, 28, 28\]"),
+        (torch.rand(2, 3, 0, 28), "images: expected at least one"),
+        ((GOOD * 255).byte(), r"images: expected floating-point values in \[0, 1\], found torch.uint8: divide by 255"),
+        (GOOD * 255, r"images \[1, 2, 3, 28, 42\]: expected values in \[0, 1\]; divide bytes by 255"),
+        (GOOD - 1, "expected values in"),
+        (GOOD * torch.nan, "expected values in"),
+    ],
+)
+def test_images_that_cannot_be_are_refused_by_name(weights, images, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        tiny(weights)(images)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (torch.rand(5), r"query_points: expected \[B, N, 2\], or \[N, 2\] for one scene, .* found \[5\]"),
+        (torch.rand(2, 5, 2), r"with B = 1 .* found \[2, 5, 2\]"),
+        (torch.rand(5, 3), r"found \[1, 5, 3\]"),
+        (torch.rand(0, 2), r"N of at least 1, found \[1, 0, 2\]"),
+        (torch.zeros(5, 2).long(), "query_points: expected floating-point pixels, found torch.int64"),
+        (torch.tensor([[41.5, 3]]), r"query_points \[1, 1, 2\]: expected \(x, y\) in pixels inside view 0, up to \(41, 27\)"),
+        (torch.tensor([[3, -1.0]]), "inside view 0"),
+        (torch.tensor([[3, torch.nan]]), "inside view 0"),
+    ],
+)
+def test_query_points_that_cannot_be_are_refused_by_name(weights, points, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        tiny(weights)(GOOD, points)
+
+
+def test_query_points_need_a_track_head_and_images_that_its_pyramid_fits_into(weights):
+    with pytest.raises(ValueError, match="built without the track head"):
+        tiny(weights, heads=("camera",))(GOOD, torch.tensor([[3.0, 4.0]]))
+    with pytest.raises(ValueError, match="images: expected H and W of at least 16 for tracking, found 14 x 42"):
+        tiny(weights)(torch.rand(2, 3, 14, 42), torch.tensor([[3.0, 4.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_may_be_of_any_floating_point_type(weights, dtype):
+    model = tiny(weights, heads=("camera",)).eval()
+    with torch.no_grad():
+        assert off(model(GOOD.to(dtype))["pose_enc"], model(GOOD)["pose_enc"]) <= 1e-5

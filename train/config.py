@@ -11,6 +11,7 @@ import difflib
 import math
 import types
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,12 +29,18 @@ class ModelConfig:
     preset: str = "1b"
     freeze: tuple[str, ...] = ("aggregator*",)
     head_chunk: int | None = 8
+    aggregator_dtype: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {self.preset!r}")
         if self.head_chunk is not None and self.head_chunk < 1:
             raise ValueError(f"head_chunk: expected at least 1 frame, or null for all, found {self.head_chunk}")
+        if self.aggregator_dtype == "bf16" and not any(fnmatch("aggregator.", pattern) for pattern in self.freeze):
+            raise ValueError(
+                f"aggregator_dtype: bf16 is for a frozen aggregator; expected 'aggregator*' in model.freeze, found "
+                f"{list(self.freeze)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,8 @@ class TrainConfig:
                 f"init: not given, but model.freeze={list(self.model.freeze)} keeps weights as they are, and random "
                 "ones teach nobody anything; give init=... (a checkpoint), or model.freeze=[]"
             )
+        if self.model.aggregator_dtype == "bf16" and self.precision != "bf16":
+            raise ValueError(f"model.aggregator_dtype: bf16 needs precision=bf16, found {self.precision}")
 
     @property
     def total_steps(self) -> int:

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,15 +34,17 @@ from train.pictures import contact_sheet, save_picture
 from train.plan import DataState
 from train.prepare import prepare
 from train.report import Reporter, memory_gb
-from train.step import checkpoint_content, train_step
+from train.step import train_step
 from train.summary import describe_run, describe_start
 from train.validate import Validation, validate
 from vggt import VGGT, preset
+from vggt.memory import hold_in_bf16
 from vggt.weights import load_weights
 
 # May change between a run and its resumption; anything else would make it another run.
 MAY_CHANGE = {
-    *("init", "out_dir", "epochs", "max_steps", "accum_steps", "model.head_chunk"),
+    *("init", "out_dir", "epochs", "max_steps", "accum_steps"),
+    *("model.head_chunk", "model.aggregator_dtype"),
     *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
     *("data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone"),
@@ -90,6 +93,8 @@ def run(config: TrainConfig, world: World) -> None:
     if config.init is not None and saved is None:
         load_weights(model, config.init)
     freeze(model, config.model.freeze)
+    if config.model.aggregator_dtype == "bf16":
+        hold_in_bf16(model.aggregator)
     model.to(world.device).train()
 
     # Optimizer and resume
@@ -123,9 +128,14 @@ def run(config: TrainConfig, world: World) -> None:
 
     def save_checkpoint(after: DataState) -> None:
         if world.is_main:
-            content = checkpoint_content(
-                model, optimizer, data=vars(after), config=to_dict(config), shards=shard_set.digest
-            )
+            content = {
+                "model": model.state_dict(),
+                "model_config": asdict(model.config),
+                "optimizer": optimizer.state_dict(),
+                "data": vars(after),
+                "config": to_dict(config),
+                "shards": shard_set.digest,
+            }
             save(out_dir / "checkpoints", after.step, content, config.checkpoint)
         world.barrier()
 

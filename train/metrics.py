@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vggt.geometry import compose_se3, invert_se3
+from vggt.geometry import relative_pose
 
 
 def pair_errors(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def pair_errors(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     between the translations, folded to at most 90 degrees, as their sign is not told apart.
     """
     i, j = torch.triu_indices(len(truth), len(truth), offset=1)
-    relative_p, relative_t = (compose_se3(x[i], invert_se3(x[j])) for x in (predicted, truth))
+    relative_p, relative_t = (relative_pose(x[i], x[j]) for x in (predicted, truth))
     product = relative_p[:, :, :3].transpose(1, 2) @ relative_t[:, :, :3]
     cosine = (product.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
     # atan2 keeps small angles that acos would lose.

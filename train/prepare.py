@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from train.augment import apply_colour
-from vggt.geometry import compose_se3, invert_se3, transform_points, unproject
+from vggt.geometry import invert_se3, relative_pose, transform_points, unproject
 
 MIN_VALID = 100  # a scene's scale is defined by more valid points than that
 SCALE_RANGE = (1e-6, 1e6)
@@ -52,7 +52,7 @@ def normalize_scenes(
     mask bool [B, S, H, W]. Returns extrinsics, depth, world points [B, S, H, W, 3] and the scale [B], as depth's type.
     The poses are composed in the type they come in: coordinates far from the origin need float64.
     """
-    relative = compose_se3(extrinsics, invert_se3(extrinsics[:, :1])).to(depth.dtype)
+    relative = relative_pose(extrinsics, extrinsics[:, :1]).to(depth.dtype)
     points = transform_points(invert_se3(relative), unproject(depth, intrinsics))
     distance = points.norm(dim=-1) * mask
     scale = (distance.sum((1, 2, 3)) / (mask.sum((1, 2, 3)) + 1e-3)).clamp(*SCALE_RANGE)

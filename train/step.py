@@ -85,9 +85,3 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(terms, norms, not broken, stops > 0, int(all_bad), int(all_tried))
-
-
-def checkpoint_content(model: nn.Module, optimizer: torch.optim.Optimizer, **plain: Any) -> dict[str, Any]:
-    """What a checkpoint holds: tensors and plain values."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    return {"model": bare.state_dict(), "optimizer": optimizer.state_dict(), **plain}

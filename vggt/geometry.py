@@ -19,11 +19,17 @@ def compose_se3(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([rotation, a[..., :3] @ b[..., 3:] + a[..., 3:]], dim=-1)
 
 
+def relative_pose(a: Tensor, b: Tensor) -> Tensor:
+    """Camera a from camera b, of camera-from-world poses: [..., 3, 4] x [..., 3, 4] -> [..., 3, 4]."""
+    return compose_se3(a, invert_se3(b))
+
+
 def rotation_to_quaternion(rotation: Tensor) -> Tensor:
     """Rotations [..., 3, 3] -> unit quaternions x y z w [..., 4], w >= 0.
 
-    The largest of the four components is found first and the others divided by it, which is stable near 180
-    degrees (Shepperd 1978, Journal of Guidance and Control 1, 223).
+    The largest of the four components is found first and the others divided by it: values and gradients are stable
+    at every angle, 180 degrees included (Shepperd 1978, Journal of Guidance and Control 1, 223). At 180 degrees
+    itself, where q and -q are the same rotation with w = 0, either may come.
     """
     r = rotation
     trace = r.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -47,7 +53,7 @@ def rotation_to_quaternion(rotation: Tensor) -> Tensor:
 
 
 def quaternion_to_rotation(quaternion: Tensor) -> Tensor:
-    """Quaternions x y z w of any length [..., 4] -> rotations [..., 3, 3]."""
+    """Quaternions x y z w of any length but 0 [..., 4] -> rotations [..., 3, 3]; differentiable."""
     x, y, z, w = quaternion.unbind(-1)
     s = 2 / (quaternion * quaternion).sum(-1)
     rows = [
@@ -62,7 +68,7 @@ def encode_pose(extrinsics: Tensor, intrinsics: Tensor, height: int, width: int)
     """Camera-from-world [..., 3, 4] and pixel intrinsics [..., 3, 3] -> pose encodings [..., 9].
 
     Translation 3, quaternion x y z w 4, vertical and horizontal field of view in radians. The principal point is
-    not encoded: the image is taken to be centred on it.
+    not encoded: the image is taken to be centred on it. Differentiable in both arguments.
     """
     fov_y = 2 * torch.atan(height / 2 / intrinsics[..., 1, 1])
     fov_x = 2 * torch.atan(width / 2 / intrinsics[..., 0, 0])
@@ -74,7 +80,8 @@ def decode_pose(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     """Pose encodings [..., 9] -> camera-from-world [..., 3, 4], intrinsics [..., 3, 3] in pixels.
 
     The principal point is (width / 2, height / 2), as in the published code: half a pixel off the centre in this
-    project's convention, where (0, 0) is the centre of the first pixel.
+    project's convention, where (0, 0) is the centre of the first pixel. Differentiable; a field of view of 0 has
+    an infinite focal length.
     """
     extrinsics = torch.cat([quaternion_to_rotation(encoding[..., 3:7]), encoding[..., :3, None]], dim=-1)
     fov_y, fov_x = encoding[..., 7], encoding[..., 8]
@@ -90,7 +97,7 @@ def decode_pose(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tens
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth along z [..., H, W] and pixel intrinsics [..., 3, 3] -> points in the camera's frame [..., H, W, 3].
 
-    Pixel (0, 0) is the centre of the top-left pixel; points are in the units of the depth.
+    Pixel (0, 0) is the centre of the top-left pixel; points are in the units of the depth. Differentiable.
     """
     height, width = depth.shape[-2:]
     column = torch.arange(width, device=depth.device, dtype=depth.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -34,17 +34,22 @@ class VGGT(nn.Module):
             self.track_head = TrackHead(config)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, config: VGGTConfig | None = None) -> VGGT:
+    def from_pretrained(
+        cls, source: str | Path, config: VGGTConfig | None = None, *, heads: tuple[str, ...] | None = None
+    ) -> VGGT:
         """A model with the weights of `source`, on the CPU, in eval mode.
 
         source: a .pt or .safetensors file, a folder with one (as save_pretrained makes it), a checkpoint of the
         trainer, or a Hugging Face name such as facebook/VGGT-1B. config: what to build; without it, what `source` says
-        of itself, or the published model. Heads that config.heads leaves out may be in `source` or not.
+        of itself, or the published model. heads: to build instead of config.heads, such as ("camera", "depth"); those
+        left out may be in `source` or not.
         Raises ValueError listing what is missing, unexpected or of another shape.
         """
         state, found = read_checkpoint(source)
+        config = config or VGGTConfig.from_dict(found)
+        config = replace(config, heads=heads) if heads is not None else config
         with torch.device("meta"):  # no time and memory for weights that are replaced at once
-            model = cls(config or VGGTConfig.from_dict(found))
+            model = cls(config)
         fill(model, state, source)
         return model.eval()
 

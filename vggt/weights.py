@@ -121,7 +121,7 @@ def _shorten(names: list[str], most: int = 3) -> str:
 def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write names and tensors to a .pt or a .safetensors file, or else to a folder, with the config beside them.
 
-    A .pt is the plain state dict, as the published one. Files appear whole or not at all.
+    A .pt is the plain state dict, as the published one. Files appear whole or not at all. Raises OSError.
     """
     if path.suffix not in (".pt", ".safetensors"):
         path.mkdir(parents=True, exist_ok=True)
@@ -139,5 +139,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, 
         else:
             save_file(tensors, temporary)
         temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).partition(chr(10))[0]})") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+"""What the model costs, as ratios and as memory a view.
+
+    python bench/model.py speed      a middle-sized model: kept outputs and head chunks, against doing without
+    python bench/model.py memory     full size: peak memory of training and inference by views, a process each
+    python bench/model.py full       full size: a training step's time, against keeping everything
+
+`plain` keeps the outputs of all pairs of blocks and sends all frames through a dense head at once, without
+recomputation. All in float32 on the CPU, images of 266x518, camera and depth head trained, aggregator frozen.
+`memory` and `full` need 16 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import ratio
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from train.losses import LossConfig, denominators, losses
+from train.prepare import normalize_scenes
+from vggt import VGGT, VGGTConfig
+
+PROCESSES = ("train", "train-plain", "infer", "infer-all")
+HEIGHT, WIDTH = 266, 518
+MIDDLE = {
+    **{"embed_dim": 384, "vit_depth": 8, "vit_heads": 6, "depth": 12, "num_heads": 6, "dense_layers": (2, 5, 8, 11)},
+    **{"dense_features": 128, "dense_channels": (96, 192, 384, 384), "camera_heads": 12},
+}
+
+
+def build(sizes: dict, chunk: int | None) -> VGGT:
+    with torch.device("meta"):  # the published initialisation would take longer than some measurements
+        model = VGGT(VGGTConfig(**sizes, heads=("camera", "depth"), head_chunk=chunk))
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+        for name, value in model.named_buffers():
+            value.copy_(buffers[name])
+    model.aggregator.requires_grad_(False)
+    return model
+
+
+@contextlib.contextmanager
+def keeping_all(model: VGGT) -> Iterator[None]:
+    """The aggregator keeps the outputs of all pairs until the heads are done."""
+    forward = model.aggregator.forward
+    model.aggregator.forward = lambda images, keep: forward(images, keep=set(range(model.config.depth)))
+    try:
+        yield
+    finally:
+        model.aggregator.forward = forward
+
+
+@contextlib.contextmanager
+def unchunked(model: VGGT) -> Iterator[None]:
+    """All frames pass through the dense head at once, and nothing is computed again in the backward pass."""
+    chunk, model.depth_head.chunk = model.depth_head.chunk, None
+    try:
+        yield
+    finally:
+        model.depth_head.chunk = chunk
+
+
+def batch_of(views: int) -> dict[str, Tensor]:
+    """A scene of cameras in a row before a bumpy wall, as train.prepare would give it."""
+    extrinsics = torch.eye(4)[:3].repeat(1, views, 1, 1)
+    extrinsics[0, :, 0, 3] = torch.linspace(0, 1, views)
+    intrinsics = torch.tensor([[400.0, 0, WIDTH / 2], [0, 400, HEIGHT / 2], [0, 0, 1]]).repeat(1, views, 1, 1)
+    depth = 2 + torch.rand(1, views, HEIGHT, WIDTH)
+    mask = depth > 2.1
+    extrinsics, depth, _, scale = normalize_scenes(extrinsics, intrinsics, depth, mask)
+    batch = {"images": torch.rand(1, views, 3, HEIGHT, WIDTH), "extrinsics": extrinsics, "intrinsics": intrinsics}
+    return batch | {"depth": depth, "mask": mask, "scale": scale, "has_scale": torch.tensor([True])}
+
+
+def train(model: VGGT, batch: dict[str, Tensor]) -> None:
+    config = LossConfig()
+    predictions = model.train()(batch["images"])
+    losses(predictions, batch, denominators(batch, config), config)["loss_objective"].backward()
+    model.zero_grad(set_to_none=True)
+
+
+def infer(model: VGGT, batch: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        model.eval()(batch["images"])
+
+
+def within(*contexts: Any, work: Callable[..., None], model: VGGT, batch: dict[str, Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context(model))
+            work(model, batch)
+
+    return run
+
+
+def speed(views: int = 4) -> None:
+    model, batch = build(MIDDLE, 1), batch_of(views)
+    print(f"middle-sized model, {views} views, time over time:")
+    for title, work, other in (
+        ("forward, 4 outputs kept over 12", infer, keeping_all),
+        ("forward, head a frame at a time over all at once", infer, unchunked),
+        ("forward and backward, the same", train, unchunked),
+    ):
+        parts = {"work": work, "model": model, "batch": batch}
+        print(f"  {title:50} {ratio(within(**parts), within(other, **parts))}", flush=True)
+
+
+def full(chunk: int, views: int = 2) -> None:
+    parts = {"work": train, "model": build({}, chunk), "batch": batch_of(views)}
+    result = ratio(within(**parts), within(keeping_all, unchunked, **parts))
+    print(f"full size, {views} views, forward, losses and backward, head in chunks of {chunk}, over plain: {result}")
+
+
+def memory(chunk: int) -> None:
+    for title, kind, all_views in (
+        (f"training, head in chunks of {chunk}", "train", (2, 4, 8, 16)),
+        ("training, plain", "train-plain", (2, 4)),
+        (f"inference, 4 outputs kept, head in chunks of {chunk}", "infer", (2, 4, 8)),
+        (f"inference, 24 outputs kept, head in chunks of {chunk}", "infer-all", (2, 4, 8)),
+    ):
+        print(title)
+        last = None
+        for views in all_views:
+            command = [sys.executable, __file__, kind, "--views", str(views), "--chunk", str(chunk)]
+            peak = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            growth = f", {(peak - last[1]) / (views - last[0]):.3f} GB a view more" if last else ""
+            print(f"  {views:3} views: {peak:6.2f} GB{growth}", flush=True)
+            last = (views, peak)
+
+
+def peak(kind: str, views: int, chunk: int) -> None:
+    """What a process of its own does: prints its peak resident memory in GB (10^9 bytes)."""
+    contexts = {"train-plain": (keeping_all, unchunked), "infer-all": (keeping_all,)}.get(kind, ())
+    work = train if kind.startswith("train") else infer
+    within(*contexts, work=work, model=build({}, chunk), batch=batch_of(views))()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "memory", "full", *PROCESSES))
+    parser.add_argument("--chunk", type=int, default=VGGTConfig().head_chunk, help="frames of a dense head's chunk")
+    parser.add_argument("--views", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.what in PROCESSES:
+        peak(arguments.what, arguments.views, arguments.chunk)
+    elif arguments.what == "speed":
+        speed()
+    else:
+        {"memory": memory, "full": full}[arguments.what](arguments.chunk)
+
+
+if __name__ == "__main__":
+    main()

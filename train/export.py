@@ -1,0 +1,75 @@
+"""Make one whole checkpoint of what a run trained and of what it started from.
+
+    python -m train.export runs/finetune/checkpoints/latest --out vggt-mine.pt
+
+The tensors that the run trained replace those of its `init`; all others, the heads it did not build included, stay as
+they are there, to the byte. Names, shapes and types are those of `init`: where it loads, the result does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.checkpoint import load
+from train.optim import freeze
+from vggt import VGGT, VGGTConfig
+from vggt.weights import read_checkpoint, write_weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="of the trainer: OUT/checkpoints/latest or step-*.pt")
+    parser.add_argument("--init", help="what the run started from, if it is no longer where the run read it")
+    parser.add_argument("--out", type=Path, required=True, help=".pt, .safetensors, or a folder for both it and a config")
+    arguments = parser.parse_args()
+    try:
+        state, config, trained = export(arguments.checkpoint, arguments.init)
+        write_weights(arguments.out, state, config)
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"{arguments.out}: {len(state):,} tensors, {trained:,} of them trained")
+
+
+def export(checkpoint: Path, init: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    """The tensors to write, of the shapes they have in `init`; the model's configuration; how many were trained.
+
+    init: instead of the one that the run's configuration names. A run from scratch has none: all of it is written.
+    Raises ValueError if a trained tensor is not in `init`, or has another shape there.
+    """
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint}: no such file; expected a checkpoint of the trainer, OUT/checkpoints/latest")
+    saved = load(checkpoint)
+    missing = {"model", "model_config", "config"} - saved.keys()
+    if missing:
+        raise ValueError(f"{checkpoint}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
+    config, init = saved["model_config"], init or saved["config"]["init"]
+    trained = trained_names(config, saved["config"]["model"]["freeze"])
+    if init is None:
+        return saved["model"], config, len(trained)
+    base, _ = read_checkpoint(init)
+    for name in trained:
+        if name not in base or base[name].shape != saved["model"][name].shape:
+            raise ValueError(f"{init}: {name} is not there, or has another shape: {checkpoint} did not start from it")
+    state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
+    heads = [head for head in VGGTConfig().heads if any(name.startswith(f"{head}_head.") for name in base)]
+    return state, config | {"heads": heads}, len(trained)
+
+
+def trained_names(model_config: Mapping[str, Any], freeze_patterns: list[str]) -> set[str]:
+    """The names of the parameters that a run trained."""
+    with torch.device("meta"):
+        model = VGGT(VGGTConfig.from_dict(model_config))
+    freeze(model, tuple(freeze_patterns))
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+if __name__ == "__main__":
+    main()

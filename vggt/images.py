@@ -1,0 +1,63 @@
+"""Photographs from disk to what the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from vggt.config import VGGTConfig
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths` as they come, and for a folder the images in it by name. Raises ValueError if none."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        else:
+            found.append(path)
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: no images; expected files that end in {' '.join(SUFFIXES)}")
+    return found
+
+
+def load_images(paths: Sequence[Path], config: VGGTConfig) -> Tensor:
+    """Photographs as one scene for the model: [S, 3, H, W] in [0, 1].
+
+    As wide as the model was trained for, as high as the first photograph's shape asks, but at most square. Each is
+    scaled to cover that and cut about its centre, where the model takes the principal point to be. Raises ValueError
+    for a file that is no image.
+    """
+    photographs = [_read(path) for path in paths]
+    height, width = photographs[0].shape[:2]
+    patch, side = config.patch_size, config.image_size
+    rows = min(max(round(side * height / width / patch), 1), side // patch)
+    pixels = np.stack([_cover(photograph, rows * patch, side) for photograph in photographs])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)  # turned upright by its EXIF
+    except (OSError, cv2.error):
+        image = None
+    if image is None:
+        raise ValueError(f"{path}: cannot be read as an image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> [height, width, 3], scaled to the least size that covers it and cut about the centre."""
+    h, w = image.shape[:2]
+    scale = max(height / h, width / w)
+    size = (max(round(w * scale), width), max(round(h * scale), height))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]

@@ -1,0 +1,81 @@
+"""Predictions as something to look at: a coloured point cloud, with the cameras drawn into it."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vggt.geometry import decode_pose, invert_se3, transform_points, unproject
+
+MAX_POINTS = 1_000_000  # what viewers still turn smoothly
+CAMERA_SIZE = 0.06  # depth of a drawn camera, in median distances of the points from the first camera
+EDGE_POINTS = 150
+EDGES = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1))  # of a pyramid, its tip first
+
+
+def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points [M, 3] in the frame of the first camera and their colours uint8 [M, 3].
+
+    predictions: VGGT's for one scene, with cameras and depth; images [S, 3, H, W] in [0, 1]. Of all
+    pixels the share `keep` that the model is most confident of is taken, MAX_POINTS of them at most.
+    """
+    extrinsics, intrinsics = decode_pose(predictions["pose_enc"][0], *images.shape[-2:])
+    rays = unproject(predictions["depth"][0, ..., 0], intrinsics)
+    points, confidence = transform_points(invert_se3(extrinsics), rays), predictions["depth_conf"][0]
+    points, confidence = points.reshape(-1, 3), confidence.flatten()
+    confidence = torch.where(points.isfinite().all(-1), confidence, -torch.inf)
+    chosen = confidence.topk(max(round(keep * len(confidence)), 1)).indices
+    chosen = chosen[confidence[chosen] > -torch.inf].cpu()
+    if len(chosen) > MAX_POINTS:
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:MAX_POINTS]]
+    colours = (images.permute(0, 2, 3, 1).reshape(-1, 3).cpu()[chosen] * 255).round().byte()
+    return points.cpu()[chosen].float().numpy(), colours.numpy()
+
+
+def camera_wireframes(
+    pose_enc: Tensor, height: int, width: int, size: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cameras [S, 9] as pyramids of dots: points [M, 3], colours uint8 [M, 3] from red (the first) to blue (the last).
+
+    A pyramid's tip is the camera's centre, its base the image at depth `size`.
+    """
+    extrinsics, intrinsics = decode_pose(pose_enc.cpu(), height, width)
+    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]]).float()
+    share = torch.linspace(0, 1, EDGE_POINTS)[:, None]
+    points, colours = [], []
+    for i in range(len(pose_enc)):
+        rays = (corners - intrinsics[i, :2, 2]) / intrinsics[i].diagonal()[:2]
+        base = size * torch.cat([rays, torch.ones(4, 1)], dim=1)
+        pyramid = transform_points(invert_se3(extrinsics[i]), torch.cat([torch.zeros(1, 3), base])[None])[0]
+        points += [pyramid[a] * (1 - share) + pyramid[b] * share for a, b in EDGES]
+        hue = 2 / 3 * i / max(len(pose_enc) - 1, 1)
+        colours.append(np.tile(np.array(colorsys.hsv_to_rgb(hue, 1, 1)) * 255, (len(EDGES) * EDGE_POINTS, 1)))
+    return torch.cat(points).numpy(), np.concatenate(colours).round().astype(np.uint8)
+
+
+def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep: float) -> int:
+    """Write cloud and cameras to a .glb or .ply; returns the number of the cloud's points. See point_cloud.
+
+    A .ply keeps the axes of the first camera, OpenCV's (y down, z forward); a .glb has those of glTF (y up, z back).
+    Raises ValueError if no finite point is left.
+    """
+    import trimesh  # an extra: only needed here
+
+    points, colours = point_cloud(predictions, images, keep)
+    if not len(points):
+        raise ValueError("no point of the model's is finite: is the checkpoint whole?")
+    size = CAMERA_SIZE * float(np.median(np.linalg.norm(points, axis=1)))
+    camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], *images.shape[-2:], size)
+    count = len(points)
+    points, colours = np.concatenate([points, camera_points]), np.concatenate([colours, camera_colours])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".glb":
+        points = points * np.array([1, -1, -1], np.float32)
+        trimesh.Scene([trimesh.PointCloud(points, colours)]).export(path)
+    else:
+        trimesh.PointCloud(points, colours).export(path)
+    return count
