@@ -15,13 +15,14 @@ CONFIG := train/configs/$(if $(INIT),default,demo).yaml
 DEMO   := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards finetune test test-slow check clean
+.PHONY: help setup shards finetune test test-slow check bench clean
 
 help:
 	@echo "make finetune    train: a small model on rendered scenes, or on your data, or the published checkpoint"
 	@echo "make shards      only pack the training data"
 	@echo "make setup       only create .venv and install into it"
 	@echo "make test        all tests but the slow ones;  make test-slow: those;  make check: lint and types"
+	@echo "make bench       what the model costs, as ratios: an hour, and 16 GB of memory"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"
@@ -76,6 +77,9 @@ check: .venv/installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+bench: setup
+	@for part in speed memory full; do $(BIN)/python bench/model.py $$part || exit 1; done
 
 clean:
 	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi

@@ -33,8 +33,15 @@ from vggt import VGGT, VGGTConfig
 PROCESSES = ("train", "train-plain", "infer", "infer-all")
 HEIGHT, WIDTH = 266, 518
 MIDDLE = {
-    **{"embed_dim": 384, "vit_depth": 8, "vit_heads": 6, "depth": 12, "num_heads": 6, "dense_layers": (2, 5, 8, 11)},
-    **{"dense_features": 128, "dense_channels": (96, 192, 384, 384), "camera_heads": 12},
+    "embed_dim": 384,
+    "vit_depth": 8,
+    "vit_heads": 6,
+    "depth": 12,
+    "num_heads": 6,
+    "camera_heads": 12,
+    "dense_layers": (2, 5, 8, 11),
+    "dense_features": 128,
+    "dense_channels": (96, 192, 384, 384),
 }
 
 

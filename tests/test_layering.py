@@ -53,3 +53,20 @@ def test_every_make_target_is_phony():
     phony = set(next(line for line in lines if line.startswith(".PHONY:")).split()[1:])
     targets = {line.split(":")[0] for line in lines if line[:1].isalpha() and ":" in line and "=" not in line}
     assert targets == phony
+
+
+def test_every_function_of_the_model_says_its_shapes():
+    """Whatever takes or returns a tensor, in its own docstring or that of a class of which it is all."""
+    silent = []
+    for path in sorted((ROOT / "vggt").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        owners = {item: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for item in node.body}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or node.col_offset > 4:  # those within functions
+                continue
+            if "Tensor" not in ast.unparse(node.args) + (ast.unparse(node.returns) if node.returns else ""):
+                continue
+            text = ast.get_docstring(node) or (ast.get_docstring(owners[node]) if node in owners else "") or ""
+            if "[" not in text and "shape" not in text:
+                silent.append(f"{path.name}: {node.name}")
+    assert not silent

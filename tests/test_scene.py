@@ -109,10 +109,10 @@ def test_photographs_are_scaled_and_cut_about_their_centre(tmp_path):
 
 
 def test_what_is_no_photograph_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="no images; expected files that end in .jpg"):
+    with pytest.raises(ValueError, match="no images; expected files that end in"):
         find_images([tmp_path])
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ValueError, match="broken.jpg: cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"broken\.jpg: cannot be read as an image"):
         load_images([tmp_path / "broken.jpg"], preset("tiny"))
 
 
@@ -138,7 +138,10 @@ def test_the_command_writes_a_scene_and_says_what_it_holds(tmp_path, checkpoint)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--checkpoint", "{checkpoint}", "--out", "scene.obj"), "scene.obj: expected a name that ends in .glb or .ply"),
+        (
+            ("--checkpoint", "{checkpoint}", "--out", "scene.obj"),
+            "scene.obj: expected a name that ends in .glb or .ply",
+        ),
         (("--checkpoint", "absent.pt", "--out", "scene.glb"), "absent.pt: no such file"),
     ],
 )

@@ -188,5 +188,3 @@ def test_a_full_disk_leaves_no_half_written_weights(weights, tmp_path):
     done = run_command("python", "-c", code, tmp_path)
     assert "model.safetensors: cannot be written, is the disk full?" in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-

@@ -28,7 +28,7 @@ from vggt.config import PRESETS
 class ModelConfig:
     preset: str = "1b"
     freeze: tuple[str, ...] = ("aggregator*",)
-    head_chunk: int | None = 8
+    head_chunk: int | None = 1
     aggregator_dtype: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:

@@ -27,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="of the trainer: OUT/checkpoints/latest or step-*.pt")
     parser.add_argument("--init", help="what the run started from, if it is no longer where the run read it")
-    parser.add_argument("--out", type=Path, required=True, help=".pt, .safetensors, or a folder for both it and a config")
+    parser.add_argument(
+        "--out", type=Path, required=True, help=".pt, .safetensors, or a folder for both it and a config"
+    )
     arguments = parser.parse_args()
     try:
         state, config, trained = export(arguments.checkpoint, arguments.init)

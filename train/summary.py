@@ -74,7 +74,8 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
         "",
         *shown,
         f"Curves:   tensorboard --logdir {out_dir}/tensorboard",
-        f"Weights:  {out_dir}/checkpoints/latest",
+        f"Weights:  {out_dir}/checkpoints/latest  (python -m vggt shows what it makes of photographs, python -m "
+        "train.export lays it over the checkpoint it started from)",
         "",
         *_next_steps(config),
     ]

@@ -16,7 +16,9 @@ from vggt.scene import write_scene
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--checkpoint", required=True, help=".pt or .safetensors file, folder, or a name such as facebook/VGGT-1B.")
+@click.option(
+    "--checkpoint", required=True, help=".pt or .safetensors file, folder, or a name such as facebook/VGGT-1B."
+)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .glb or .ply file.")
 @click.option(
     "--keep",
@@ -59,9 +61,7 @@ def _show(model: VGGT, images: torch.Tensor, out: Path, keep: float) -> int:
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         predictions = model.to(device)(images.to(device))
     fields = predictions["pose_enc"][0, :, 7:].mean(0).rad2deg().tolist()
-    click.echo(
-        f"{time.perf_counter() - began:.1f} s; mean field of view {fields[1]:.0f} x {fields[0]:.0f} degrees"
-    )
+    click.echo(f"{time.perf_counter() - began:.1f} s; mean field of view {fields[1]:.0f} x {fields[0]:.0f} degrees")
     return write_scene(out, predictions, images, keep)
 
 

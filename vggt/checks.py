@@ -10,7 +10,7 @@ from vggt.track_head import STRIDE
 
 
 def check_images(images: Tensor, config: VGGTConfig) -> None:
-    """Raises ValueError unless images are [B, S, 3, H, W] in [0, 1], TypeError if they are no floating-point numbers."""
+    """Raises ValueError unless images are [B, S, 3, H, W] in [0, 1], TypeError unless they are floating-point."""
     shape, patch = tuple(images.shape), config.patch_size
     if images.ndim != 5 or shape[2] != 3:
         raise ValueError(f"images: expected [B, S, 3, H, W] or [S, 3, H, W], found {list(shape)}")
@@ -45,9 +45,9 @@ def check_query_points(points: Tensor, images: Tensor, config: VGGTConfig) -> No
 
 
 def _require(holds: Tensor, message: str) -> None:
-    """Raises ValueError on the CPU; elsewhere the device reports the message and stops, when it gets there."""
+    """Unless `holds`, of any shape, is all true, raises ValueError; off the CPU the device fails when it gets there."""
     if holds.device.type == "cpu" and not torch.compiler.is_compiling():
         if not holds.all():
             raise ValueError(message)
     else:
-        torch._assert_async(holds.all(), message)
+        torch._assert_async(holds.all(), message)  # pyright: ignore[reportPrivateImportUsage]

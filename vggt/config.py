@@ -35,7 +35,7 @@ class VGGTConfig:
     track_levels: int = 7  # of the correlation pyramid
     track_radius: int = 4  # of the correlation window, in pixels of its level
     heads: tuple[str, ...] = HEADS
-    head_chunk: int | None = 8  # frames that go through a dense head at a time; None: all
+    head_chunk: int | None = 1  # frames that go through a dense head at a time; None: all
 
     def __post_init__(self) -> None:
         unknown = set(self.heads) - set(HEADS)
@@ -53,7 +53,8 @@ class VGGTConfig:
         """From a config.json's values. What is not there has its default; what is no key of ours is passed over,
         since the published model's config.json has other names."""
         known = {field.name for field in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**chosen)
 
 
 # The smallest model of the same architecture: for tests, and the one the reference figures were made with.
@@ -96,7 +97,7 @@ _PRESETS = {"1b": {}, "demo": _DEMO, "tiny": _TINY}
 PRESETS = tuple(_PRESETS)
 
 
-def preset(name: str, *, heads: tuple[str, ...] = HEADS, head_chunk: int | None = 8) -> VGGTConfig:
+def preset(name: str, *, heads: tuple[str, ...] = HEADS, head_chunk: int | None = 1) -> VGGTConfig:
     """The configuration of a model by name: 1b (published), demo or tiny. Raises ValueError for another name."""
     if name not in _PRESETS:
         raise ValueError(f"model preset: expected one of {', '.join(PRESETS)}, found {name!r}")

@@ -46,6 +46,8 @@ class Fusion(nn.Module):
 class Scratch(nn.Module):
     """The convolutions behind the projections, under the names of the published checkpoint."""
 
+    output_conv2: nn.Sequential  # only in heads that make maps
+
     def __init__(self, channels: tuple[int, ...], features: int, width: int) -> None:
         super().__init__()
         self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
@@ -117,7 +119,7 @@ class DenseHead(DPT):
         other here, so they pass in chunks: the full-resolution maps are the largest tensors of the model.
         """
 
-        def maps_of(part: list[Tensor]) -> Tensor:
+        def maps_of(part: list[Tensor]) -> Tensor:  # four [N, P, 2 * dim] -> [N, H, W, outputs]
             x = self.fuse([t.float() for t in part], height, width, (height, width))
             return self.scratch.output_conv2(add_position(x, width / height)).permute(0, 2, 3, 1)
 

@@ -36,9 +36,7 @@ def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> 
     return points.cpu()[chosen].float().numpy(), colours.numpy()
 
 
-def camera_wireframes(
-    pose_enc: Tensor, height: int, width: int, size: float
-) -> tuple[np.ndarray, np.ndarray]:
+def camera_wireframes(pose_enc: Tensor, height: int, width: int, size: float) -> tuple[np.ndarray, np.ndarray]:
     """Cameras [S, 9] as pyramids of dots: points [M, 3], colours uint8 [M, 3] from red (the first) to blue (the last).
 
     A pyramid's tip is the camera's centre, its base the image at depth `size`.
@@ -58,7 +56,9 @@ def camera_wireframes(
 
 
 def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep: float) -> int:
-    """Write cloud and cameras to a .glb or .ply; returns the number of the cloud's points. See point_cloud.
+    """Write cloud and cameras to a .glb or .ply; returns the number of the cloud's points.
+
+    predictions, images [S, 3, H, W] and keep: see point_cloud.
 
     A .ply keeps the axes of the first camera, OpenCV's (y down, z forward); a .glb has those of glTF (y up, z back).
     Raises ValueError if no finite point is left.
@@ -68,8 +68,9 @@ def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep
     points, colours = point_cloud(predictions, images, keep)
     if not len(points):
         raise ValueError("no point of the model's is finite: is the checkpoint whole?")
+    height, width = images.shape[-2:]
     size = CAMERA_SIZE * float(np.median(np.linalg.norm(points, axis=1)))
-    camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], *images.shape[-2:], size)
+    camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], height, width, size)
     count = len(points)
     points, colours = np.concatenate([points, camera_points]), np.concatenate([colours, camera_colours])
     path.parent.mkdir(parents=True, exist_ok=True)

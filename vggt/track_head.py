@@ -71,7 +71,7 @@ class Tracker(nn.Module):
 
     def forward(self, maps: Tensor, query_points: Tensor, iterations: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """Feature maps [B, S, C, h, w] and points [B, N, 2]; returns what TrackHead.forward does."""
-        b, s, _, height, width = maps.shape
+        s, _, height, width = maps.shape[1:]
         # Float32 even under autocast: bf16 coordinates on a map of 259 pixels would be wrong by a pixel.
         maps = self.fmap_norm(maps.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3).float()
         query = query_points.float() / STRIDE
@@ -87,19 +87,25 @@ class Tracker(nn.Module):
         predictions = []
         for _ in range(iterations):
             coords = coords.detach()
-            seen = recompute(self.correlations, pyramid, tracks.flatten(0, 1), coords.flatten(0, 1))
-            seen = self.corr_mlp(seen).unflatten(0, (b, s))  # [B, S, N, C]
-            flow = coords - query[:, None]
-            unit_flow = flow / FLOW_UNIT
-            tokens = torch.cat([flow_code(flow, tracks.shape[-1] // 2), unit_flow, unit_flow, seen, tracks], dim=-1)
-            delta = self.updateformer((tokens + place).transpose(1, 2)).transpose(1, 2)  # [B, S, N, 2 + C]
-            coords = coords + delta[..., :2]
-            coords = torch.cat([query[:, None], coords[:, 1:]], dim=1)
+            tokens = self.tokens(pyramid, tracks, coords) + place
+            delta = self.updateformer(tokens.transpose(1, 2)).transpose(1, 2)  # [B, S, N, 2 + C]
+            coords = torch.cat([query[:, None], (coords + delta[..., :2])[:, 1:]], dim=1)
             normed = self.ffeat_norm(delta[..., 2:].flatten(0, 2)).view_as(tracks)
             tracks = tracks + self.ffeat_updater(normed)
             predictions.append(coords * STRIDE)
         visible = self.vis_predictor(tracks)[..., 0].sigmoid()
         return predictions, visible, self.conf_predictor(tracks)[..., 0].sigmoid()
+
+    def tokens(self, pyramid: list[Tensor], tracks: Tensor, coords: Tensor) -> Tensor:
+        """What is known of each track in each view: its way from view 0, what it sees around it, its feature.
+
+        pyramid: see correlations; tracks [B, S, N, C]; coords [B, S, N, 2], in pixels of the maps -> [B, S, N, dim].
+        """
+        seen = recompute(self.correlations, pyramid, tracks.flatten(0, 1), coords.flatten(0, 1))
+        seen = self.corr_mlp(seen).view(*coords.shape[:3], -1)  # [B, S, N, C]
+        flow = coords - coords[:, :1]
+        code = flow_code(flow, tracks.shape[-1] // 2)
+        return torch.cat([code, flow / FLOW_UNIT, flow / FLOW_UNIT, seen, tracks], dim=-1)
 
     def correlations(self, pyramid: list[Tensor], tracks: Tensor, coords: Tensor) -> Tensor:
         """Dot products of each track with the features in a window around it, at every level of the pyramid.

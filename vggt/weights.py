@@ -47,6 +47,7 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a folder, of any shapes, and its config.json."""
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if weights is None:
         raise ValueError(f"{folder}: expected {' or '.join(WEIGHT_FILES)} in this folder, found neither")
@@ -84,7 +85,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> N
     Raises ValueError listing what is missing, unexpected or of another shape; the model is then unchanged.
     """
     own = model.state_dict()
-    modules = {name.split(".")[0] for name in own}
+    modules, there = ({name.split(".")[0] for name in names} for names in (own, state))
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own and name.split(".")[0] in modules]
     misshapen = [
@@ -95,7 +96,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> N
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
     found = [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems if names]
     if found:
-        raise ValueError(f"{source} does not fit this model; {'; '.join(found)}{_advice(missing, state)}")
+        raise ValueError(f"{source} does not fit this model; {'; '.join(found)}{_advice(missing, there)}")
     # Copies: what was read may be mapped from a file that is written over one day.
     copies = {name: state[name].to(value.dtype, copy=True) for name, value in own.items()}
     model.load_state_dict(copies, assign=True)
@@ -106,11 +107,14 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     fill(model, read_checkpoint(source)[0], source)
 
 
-def _advice(missing: list[str], state: Mapping[str, Tensor]) -> str:
+def _advice(missing: list[str], there: set[str]) -> str:
     """What to do if whole modules are missing: the checkpoint may be right, and the model have too many heads."""
-    there = {name.split(".")[0] for name in state}
     absent = sorted({name.split(".")[0] for name in missing} - there)
-    return f". It has no {', '.join(absent)} at all: is it of VGGT, and are all of VGGTConfig.heads needed?" if absent else ""
+    return (
+        f". It has no {', '.join(absent)} at all: is it of VGGT, and are all of VGGTConfig.heads needed?"
+        if absent
+        else ""
+    )
 
 
 def _shorten(names: list[str], most: int = 3) -> str:
@@ -119,7 +123,7 @@ def _shorten(names: list[str], most: int = 3) -> str:
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write names and tensors to a .pt or a .safetensors file, or else to a folder, with the config beside them.
+    """Write names and tensors of any shape to a .pt or .safetensors file, or else to a folder, a config beside them.
 
     A .pt is the plain state dict, as the published one. Files appear whole or not at all. Raises OSError.
     """
