@@ -48,13 +48,10 @@ MIDDLE = {
 def build(sizes: dict, chunk: int | None) -> VGGT:
     with torch.device("meta"):  # the published initialisation would take longer than some measurements
         model = VGGT(VGGTConfig(**sizes, heads=("camera", "depth"), head_chunk=chunk))
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-        for name, value in model.named_buffers():
-            value.copy_(buffers[name])
     model.aggregator.requires_grad_(False)
     return model
 

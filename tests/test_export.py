@@ -14,7 +14,10 @@ from vggt.weights import read_checkpoint
 
 @pytest.fixture(scope="module")
 def published():
-    return golden_weights(load_json("tiny_manifest.json"))
+    """As if some of it had been stored in half precision."""
+    weights = golden_weights(load_json("tiny_manifest.json"))
+    half = ("camera_head.pose_branch.fc1.weight", "track_head.tracker.fmap_norm.weight")
+    return {name: value.half() if name in half else value for name, value in weights.items()}
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +38,24 @@ def export(run, out, *arguments):
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "folder"])
-def test_export_has_the_manifests_names_shapes_and_types_and_leaves_the_rest_as_it_was(run, published, tmp_path, name):
+def test_export_has_the_names_shapes_and_types_of_init_and_leaves_the_rest_as_it_was(run, published, tmp_path, name):
     done = export(run, tmp_path / name)
     assert done.returncode == 0, done.stderr
     state, _ = read_checkpoint(tmp_path / name)
     assert {n: list(v.shape) for n, v in state.items()} == load_json("tiny_manifest.json")
-    assert {v.dtype for v in state.values()} == {torch.float32}
+    assert {n: v.dtype for n, v in state.items()} == {n: v.dtype for n, v in published.items()}
     trained = {n for n in state if n.startswith(("camera_head.", "depth_head."))}
     assert f"{len(state):,} tensors, {len(trained):,} of them trained" in done.stdout
+    saved = torch.load(run / "run/checkpoints/latest", weights_only=True)["model"]
     for n, value in state.items():
-        same = value.numpy().tobytes() == published[n].numpy().tobytes()
-        # A few trained tensors get no gradient in two steps, such as the first round's empty pose.
-        assert same or n in trained, n
-    changed = [n for n in trained if not torch.equal(state[n], published[n])]
-    assert len(changed) > 0.9 * len(trained)
-
-
-def test_an_exported_folder_opens_without_being_told_its_configuration(run, tmp_path):
-    export(run, tmp_path / "folder")
-    model = VGGT.from_pretrained(tmp_path / "folder")
-    assert model.config == preset("tiny", head_chunk=model.config.head_chunk)
+        if n in trained:
+            assert torch.equal(value, saved[n].to(value.dtype)), n
+        else:
+            assert value.numpy().tobytes() == published[n].numpy().tobytes(), n
+    assert sum(not torch.equal(state[n], published[n]) for n in trained) > 0.9 * len(trained)
+    if name == "folder":
+        model = VGGT.from_pretrained(tmp_path / name)
+        assert model.config == preset("tiny", head_chunk=model.config.head_chunk)
 
 
 def test_a_checkpoint_of_the_trainer_opens_as_it_is(run):

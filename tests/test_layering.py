@@ -64,9 +64,10 @@ def test_every_function_of_the_model_says_its_shapes():
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef) or node.col_offset > 4:  # those within functions
                 continue
-            if "Tensor" not in ast.unparse(node.args) + (ast.unparse(node.returns) if node.returns else ""):
+            types = ast.unparse(node.args) + (ast.unparse(node.returns) if node.returns else "")
+            if "Tensor" not in types.replace("[str, Tensor]", ""):  # weights by name have the shapes they have
                 continue
             text = ast.get_docstring(node) or (ast.get_docstring(owners[node]) if node in owners else "") or ""
-            if "[" not in text and "shape" not in text:
+            if "[" not in text:
                 silent.append(f"{path.name}: {node.name}")
     assert not silent

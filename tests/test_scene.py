@@ -84,6 +84,13 @@ def test_scenes_open_elsewhere_with_their_points_colours_and_axes(tmp_path, suff
     assert len(cloud.vertices) > count  # and cameras
 
 
+def test_cameras_that_are_not_finite_are_no_scene(tmp_path):
+    predictions, images, _ = plane_scene()
+    predictions["pose_enc"][0, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        write_scene(tmp_path / "scene.ply", predictions, images, keep=0.5)
+
+
 def write_photographs(folder, shapes):
     folder.mkdir()
     for i, (height, width) in enumerate(shapes):
@@ -97,6 +104,8 @@ def write_photographs(folder, shapes):
 def test_photographs_are_scaled_and_cut_about_their_centre(tmp_path):
     folder = write_photographs(tmp_path / "photos", [(60, 100), (90, 100), (30, 200), (400, 100)])
     (folder / "notes.txt").write_text("not an image")
+    (folder / "._0.png").write_bytes(b"of another system")
+    (folder / "more.png").mkdir()
     paths = find_images([folder])
     assert [p.name for p in paths] == ["0.png", "1.png", "2.png", "3.png"]
     images = load_images(paths, preset("tiny"))

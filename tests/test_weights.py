@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict
@@ -10,6 +11,8 @@ import pytest
 import torch
 from conftest import run_command
 from golden_figures import golden_weights, load_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from vggt import VGGT, VGGTConfig, preset
@@ -72,7 +75,10 @@ def test_a_loaded_model_is_whole_and_trains(weights, tmp_path):
     fresh = VGGT(preset("tiny"))
     fresh.load_state_dict(weights)
     images = torch.rand(2, 3, 28, 42)
-    assert torch.equal(model(images)["depth"], fresh.eval()(images)["depth"])
+    for m in (model, fresh.eval()):
+        m(images)["depth"].mean().backward()
+    assert torch.equal(model.depth_head.norm.weight.grad, fresh.depth_head.norm.weight.grad)
+    assert model.depth_head.norm.weight.grad.abs().sum() > 0
 
 
 def test_heads_that_a_checkpoint_has_not_are_refused_unless_left_out(weights, tmp_path):
@@ -150,6 +156,31 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tensors only"):
         VGGT.from_pretrained(tmp_path / "evil.pt", preset("tiny"))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("config", ["[1]", "null", '{"head_chunk": "1"}', '{"depth": null}', '{"patch_size": 0}', "{"])
+def test_configurations_that_cannot_be_are_refused_by_name(weights, tmp_path, config):
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=tmp_path.name):
+        VGGT.from_pretrained(tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_damage_to_a_checkpoint_ends_in_another_error(tmp_path, data):
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"a": torch.zeros(3)}, "model_config": {"depth": 4}}, path)
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        read_checkpoint(path)
+
+
+def test_checkpoints_of_the_old_format_load(weights, tmp_path):
+    torch.save(weights, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert is_filled(VGGT.from_pretrained(tmp_path / "a.pt", preset("tiny")), weights)
 
 
 @pytest.mark.parametrize("write", WRITERS[:4])

@@ -11,7 +11,6 @@ import difflib
 import math
 import types
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -36,11 +35,6 @@ class ModelConfig:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {self.preset!r}")
         if self.head_chunk is not None and self.head_chunk < 1:
             raise ValueError(f"head_chunk: expected at least 1 frame, or null for all, found {self.head_chunk}")
-        if self.aggregator_dtype == "bf16" and not any(fnmatch("aggregator.", pattern) for pattern in self.freeze):
-            raise ValueError(
-                f"aggregator_dtype: bf16 is for a frozen aggregator; expected 'aggregator*' in model.freeze, found "
-                f"{list(self.freeze)}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

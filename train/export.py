@@ -20,7 +20,8 @@ from torch import Tensor
 from train.checkpoint import load
 from train.optim import freeze
 from vggt import VGGT, VGGTConfig
-from vggt.weights import read_checkpoint, write_weights
+from vggt.config import HEADS
+from vggt.weights import read_checkpoint, write_file, write_folder
 
 
 def main() -> None:
@@ -33,7 +34,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         state, config, trained = export(arguments.checkpoint, arguments.init)
-        write_weights(arguments.out, state, config)
+        if arguments.out.suffix in (".pt", ".safetensors"):
+            write_file(arguments.out, state)
+        else:
+            write_folder(arguments.out, state, config)
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -49,7 +53,7 @@ def export(checkpoint: Path, init: str | None = None) -> tuple[dict[str, Tensor]
     if not checkpoint.exists():
         raise ValueError(f"{checkpoint}: no such file; expected a checkpoint of the trainer, OUT/checkpoints/latest")
     saved = load(checkpoint)
-    missing = {"model", "model_config", "config"} - saved.keys()
+    missing = {"model", "model_config", "config"} - set(saved)
     if missing:
         raise ValueError(f"{checkpoint}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
     config, init = saved["model_config"], init or saved["config"]["init"]
@@ -61,7 +65,7 @@ def export(checkpoint: Path, init: str | None = None) -> tuple[dict[str, Tensor]
         if name not in base or base[name].shape != saved["model"][name].shape:
             raise ValueError(f"{init}: {name} is not there, or has another shape: {checkpoint} did not start from it")
     state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
-    heads = [head for head in VGGTConfig().heads if any(name.startswith(f"{head}_head.") for name in base)]
+    heads = [head for head in HEADS if any(name.startswith(f"{head}_head.") for name in base)]
     return state, config | {"heads": heads}, len(trained)
 
 

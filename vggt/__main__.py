@@ -43,11 +43,12 @@ def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> N
     if find_spec("trimesh") is None:
         raise click.ClickException("writing scenes needs trimesh: pip install '.[scene]'")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         paths = find_images(images)
         model = VGGT.from_pretrained(checkpoint, heads=("camera", "depth"))
         inputs = load_images(paths, model.config)
         count = _show(model, inputs, out, keep)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{out}: {count:,} points, {len(paths)} cameras")
 

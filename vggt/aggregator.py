@@ -15,8 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Aggregator(nn.Module):
-    _mean: Tensor
-    _std: Tensor
+    """Images of a scene to tokens, with blocks that look at one view and blocks that look at all, in turn."""
 
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
@@ -28,10 +27,6 @@ class Aggregator(nn.Module):
         self.register_token = nn.Parameter(torch.randn(1, 2, config.registers, dim) * 1e-6)
         self.frame_blocks = self._blocks()
         self.global_blocks = self._blocks()
-        for name, value in (("_mean", IMAGENET_MEAN), ("_std", IMAGENET_STD)):
-            # On a device of its own choice: a model built on the meta device has no checkpoint to fill these from.
-            value = torch.tensor(value, device="cpu").view(1, 1, 3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
 
     def _blocks(self) -> nn.ModuleList:
         c = self.config
@@ -50,8 +45,9 @@ class Aggregator(nn.Module):
         P = special tokens + H/14 * W/14; the tokens are the frame-wise and the scene-wise output, concatenated.
         """
         b, s, _, height, width = images.shape
-        images = (images.to(self._mean.dtype) - self._mean) / self._std
-        patches = self.patch_embed(images.flatten(0, 1))  # [B * S, H/14 * W/14, dim]
+        patches = self.patch_embed(
+            normalize(images.to(self.camera_token.dtype)).flatten(0, 1)
+        )  # [B * S, H/14 * W/14, dim]
         special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, special, dim]
         special = first_and_rest(special, s).expand(b, -1, -1, -1).flatten(0, 1).to(patches.dtype)
         x = torch.cat([special, patches], dim=1)  # [B * S, P, dim]
@@ -69,3 +65,9 @@ class Aggregator(nn.Module):
             if i in keep:
                 kept[i] = torch.cat([frame.view(b, s, p, dim), x.view(b, s, p, dim)], dim=-1)
         return kept
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Images [B, S, 3, H, W] in [0, 1] less ImageNet's mean, over its deviation. Numbers, not tensors: none to move."""
+    channels = zip(images.unbind(2), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=2)

@@ -20,7 +20,8 @@ def check_images(images: Tensor, config: VGGTConfig) -> None:
         raise ValueError(f"images: expected H and W to be multiples of {patch}, found {list(shape)}: resize or crop")
     if not images.is_floating_point():
         raise TypeError(f"images: expected floating-point values in [0, 1], found {images.dtype}: divide by 255")
-    _require((images >= 0) & (images <= 1), f"images {list(shape)}: expected values in [0, 1]; divide bytes by 255")
+    if not _holds((images >= 0) & (images <= 1), "images: expected values in [0, 1]"):
+        raise ValueError(f"images {list(shape)}: expected values in [0, 1]; divide bytes by 255")
 
 
 def check_query_points(points: Tensor, images: Tensor, config: VGGTConfig) -> None:
@@ -33,21 +34,24 @@ def check_query_points(points: Tensor, images: Tensor, config: VGGTConfig) -> No
             f"query_points: expected [B, N, 2], or [N, 2] for one scene, with B = {images.shape[0]} and N of at "
             f"least 1, found {shape}"
         )
-    least = STRIDE * 2**config.track_levels
+    least = STRIDE * 2 ** (config.track_levels - 1)  # a pixel on the last level of the pyramid
     if min(height, width) < least:
         raise ValueError(f"images: expected H and W of at least {least} for tracking, found {height} x {width}")
     if not points.is_floating_point():
         raise TypeError(f"query_points: expected floating-point pixels, found {points.dtype}")
     x, y = points.unbind(-1)
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-    expected = f"expected (x, y) in pixels inside view 0, up to ({width - 1}, {height - 1})"
-    _require(inside, f"query_points {shape}: {expected}")
+    if not _holds(inside, "query_points: expected (x, y) inside view 0"):
+        limits = f"up to ({width - 1}, {height - 1})"
+        raise ValueError(f"query_points {shape}: expected (x, y) in pixels inside view 0, {limits}")
 
 
-def _require(holds: Tensor, message: str) -> None:
-    """Unless `holds`, of any shape, is all true, raises ValueError; off the CPU the device fails when it gets there."""
-    if holds.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not holds.all():
-            raise ValueError(message)
-    else:
-        torch._assert_async(holds.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+def _holds(conditions: Tensor, message: str) -> bool:
+    """Whether `conditions`, [...], are all true. Only the CPU can tell at once: a device fails when it gets there.
+
+    That is an assertion on the device with `message`, which CUDA follows with no further work in this process.
+    """
+    if conditions.device.type == "cpu" and not torch.compiler.is_compiling():
+        return bool(conditions.all())
+    torch._assert_async(conditions.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+    return True

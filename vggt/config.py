@@ -45,16 +45,32 @@ class VGGTConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.head_chunk is not None and self.head_chunk < 1:
             raise ValueError(f"head_chunk: expected at least 1 frame or null, found {self.head_chunk}")
-        if self.embed_dim // self.num_heads % 4:
-            raise ValueError("embed_dim / num_heads must be a multiple of 4 for 2D rotary positions")
+        for width, heads in (
+            ("embed_dim", "vit_heads"),
+            ("embed_dim", "num_heads"),
+            ("embed_dim", "camera_heads"),
+            ("track_hidden", "track_heads"),
+        ):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}")
+        if self.embed_dim // self.num_heads % 4 or self.track_features % 4:
+            raise ValueError("embed_dim / num_heads and track_features: expected multiples of 4, for codes of places")
+        if max(self.dense_layers) >= self.depth:
+            raise ValueError(f"dense_layers {list(self.dense_layers)}: expected pairs below depth {self.depth}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
-        """From a config.json's values. What is not there has its default; what is no key of ours is passed over,
-        since the published model's config.json has other names."""
+        """From a config.json's values; what is not there has its default.
+
+        What is no key of ours is passed over, since the published model's config.json has other names. Raises
+        ValueError if a value is of another type or does not go with the others.
+        """
         known = {field.name for field in fields(cls)}
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        return cls(**chosen)
+        try:
+            return cls(**chosen)
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"not the configuration of a VGGT ({error})") from error
 
 
 # The smallest model of the same architecture: for tests, and the one the reference figures were made with.

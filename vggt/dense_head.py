@@ -40,7 +40,9 @@ class Fusion(nn.Module):
         """x [N, C, h, w], skip the same or None -> [N, C, *size]."""
         if skip is not None:
             x = x + self.resConfUnit1(skip)
-        return self.out_conv(resize(self.resConfUnit2(x), size))
+        # Published the other way round; a 1x1 convolution and a resize whose weights add up to 1 commute, and this
+        # one has a quarter of the pixels. (torch 2.13 also miscompiles the gradients of the other order.)
+        return resize(self.out_conv(self.resConfUnit2(x)), size)
 
 
 class Scratch(nn.Module):
@@ -48,7 +50,7 @@ class Scratch(nn.Module):
 
     output_conv2: nn.Sequential  # only in heads that make maps
 
-    def __init__(self, channels: tuple[int, ...], features: int, width: int) -> None:
+    def __init__(self, channels: tuple[int, ...], features: int, out_channels: int) -> None:
         super().__init__()
         self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
             nn.Conv2d(c, features, 3, padding=1, bias=False) for c in channels
@@ -57,16 +59,16 @@ class Scratch(nn.Module):
         self.refinenet2 = Fusion(features, has_skip=True)
         self.refinenet3 = Fusion(features, has_skip=True)
         self.refinenet4 = Fusion(features, has_skip=False)
-        self.output_conv1 = nn.Conv2d(features, width, 3, padding=1)
+        self.output_conv1 = nn.Conv2d(features, out_channels, 3, padding=1)
 
 
 class DPT(nn.Module):
     """Fuses the tokens of four depths of the trunk into one feature map a view.
 
-    features: channels of the fusion; width: channels of the map; code_position: whether each level is told its place.
+    features: channels of the fusion; out_channels: of the map; code_position: whether pixels are told their place.
     """
 
-    def __init__(self, config: VGGTConfig, features: int, width: int, *, code_position: bool) -> None:
+    def __init__(self, config: VGGTConfig, features: int, out_channels: int, *, code_position: bool) -> None:
         super().__init__()
         dim, channels = 2 * config.embed_dim, config.dense_channels
         self.patch_size = config.patch_size
@@ -82,10 +84,10 @@ class DPT(nn.Module):
                 nn.Conv2d(channels[3], channels[3], 3, stride=2, padding=1),
             ]
         )
-        self.scratch = Scratch(channels, features, width)
+        self.scratch = Scratch(channels, features, out_channels)
 
     def fuse(self, tokens: list[Tensor], height: int, width: int, size: tuple[int, int]) -> Tensor:
-        """Four [N, P, 2 * dim], the patches last, of images of height x width -> features [N, width, *size]."""
+        """Four [N, P, 2 * dim], the patches last, of images of height x width -> a map [N, out_channels, *size]."""
         rows, columns = height // self.patch_size, width // self.patch_size
         levels = []
         for x, project, resize_layer in zip(tokens, self.projects, self.resize_layers, strict=True):
@@ -103,7 +105,7 @@ class DPT(nn.Module):
 
 
 class DenseHead(DPT):
-    """outputs: channels of the map, the last one its confidence (2 for depth, 4 for points)."""
+    """A map a view at full resolution. outputs: its channels, the last one its confidence (2: depth, 4: points)."""
 
     def __init__(self, config: VGGTConfig, outputs: int) -> None:
         features = config.dense_features

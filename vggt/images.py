@@ -20,7 +20,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            named = (p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            found += sorted(p for p in named if p.is_file())
         else:
             found.append(path)
     if not found:

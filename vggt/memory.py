@@ -23,7 +23,7 @@ def recompute(function: Callable[..., Any], *args: Any) -> Any:
 def run_block(block: nn.Module, x: Tensor, *args: Any) -> Tensor:
     """block(x, *args), keeping only its input if anything in it needs a gradient. x and result: [B, N, dim]."""
     needs_graph = x.requires_grad or any(p.requires_grad for p in block.parameters())
-    return recompute(block, x, *args) if block.training and needs_graph else block(x, *args)
+    return recompute(block, x, *args) if needs_graph else block(x, *args)
 
 
 def map_frames(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], chunk: int | None) -> Tensor:
@@ -44,8 +44,9 @@ def hold_in_bf16(module: nn.Module) -> None:
     Under bf16 autocast the results are the same to the bit, as it would round these weights at every use. Norms,
     scales and tokens stay as they are. Raises ValueError if a linear layer trains: it would lose its small steps.
     """
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear):
-            if any(p.requires_grad for p in layer.parameters()):
-                raise ValueError(f"{name}: trains; only frozen layers can be held in bf16")
-            layer.to(torch.bfloat16)
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        if any(p.requires_grad for p in layer.parameters()):
+            raise ValueError(f"{name} trains: only frozen layers can be held in bf16; freeze the whole module first")
+    for layer in layers.values():
+        layer.to(torch.bfloat16)

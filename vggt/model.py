@@ -14,7 +14,7 @@ from vggt.checks import check_images, check_query_points
 from vggt.config import VGGTConfig
 from vggt.dense_head import DenseHead
 from vggt.track_head import TrackHead
-from vggt.weights import fill, read_checkpoint, write_weights
+from vggt.weights import fill, read_checkpoint, write_folder
 
 
 class VGGT(nn.Module):
@@ -46,7 +46,10 @@ class VGGT(nn.Module):
         Raises ValueError listing what is missing, unexpected or of another shape.
         """
         state, found = read_checkpoint(source)
-        config = config or VGGTConfig.from_dict(found)
+        try:
+            config = config or VGGTConfig.from_dict(found)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         config = replace(config, heads=heads) if heads is not None else config
         with torch.device("meta"):  # no time and memory for weights that are replaced at once
             model = cls(config)
@@ -55,7 +58,7 @@ class VGGT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write folder/model.safetensors and folder/config.json, which from_pretrained reads."""
-        write_weights(Path(folder), self.state_dict(), asdict(self.config))
+        write_folder(Path(folder), self.state_dict(), asdict(self.config))
 
     def forward(self, images: Tensor, query_points: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
         """Images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1], H and W multiples of 14; view 0 is the reference.
@@ -67,7 +70,9 @@ class VGGT(nn.Module):
             depth [B, S, H, W, 1] > 0 and depth_conf [B, S, H, W] > 1
             world_points [B, S, H, W, 3] and world_points_conf [B, S, H, W] > 1
             with query points track [B, S, N, 2] in pixels, vis and conf [B, S, N] in (0, 1)
-        Raises ValueError or TypeError for arguments of other shapes, types or values.
+        Tracking needs H and W of at least 128 pixels in the published model. Raises ValueError or TypeError for
+        arguments of other shapes, types or values; values are told off on the CPU only: elsewhere, as under
+        torch.compile, the device stops with an assertion, for asking it would make the host wait.
         """
         images = images[None] if images.ndim == 4 else images
         check_images(images, self.config)

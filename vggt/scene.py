@@ -18,7 +18,7 @@ EDGES = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1))  # of a
 
 
 def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points [M, 3] in the frame of the first camera and their colours uint8 [M, 3].
+    """Points [M, 3] in the world of the predicted cameras, whose first is about its origin, and colours uint8 [M, 3].
 
     predictions: VGGT's for one scene, with cameras and depth; images [S, 3, H, W] in [0, 1]. Of all
     pixels the share `keep` that the model is most confident of is taken, MAX_POINTS of them at most.
@@ -60,20 +60,19 @@ def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep
 
     predictions, images [S, 3, H, W] and keep: see point_cloud.
 
-    A .ply keeps the axes of the first camera, OpenCV's (y down, z forward); a .glb has those of glTF (y up, z back).
-    Raises ValueError if no finite point is left.
+    A .ply keeps the world's axes, OpenCV's (y down, z forward); a .glb has those of glTF (y up, z back).
+    Raises ValueError if a camera is not finite, or no point is.
     """
     import trimesh  # an extra: only needed here
 
     points, colours = point_cloud(predictions, images, keep)
-    if not len(points):
-        raise ValueError("no point of the model's is finite: is the checkpoint whole?")
+    if not len(points) or not predictions["pose_enc"].isfinite().all():
+        raise ValueError("the model's cameras or all of its points are not finite: is the checkpoint whole?")
     height, width = images.shape[-2:]
     size = CAMERA_SIZE * float(np.median(np.linalg.norm(points, axis=1)))
     camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], height, width, size)
     count = len(points)
     points, colours = np.concatenate([points, camera_points]), np.concatenate([colours, camera_colours])
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".glb":
         points = points * np.array([1, -1, -1], np.float32)
         trimesh.Scene([trimesh.PointCloud(points, colours)]).export(path)

@@ -24,6 +24,8 @@ POSITION_BASE = 10000.0
 
 
 class TrackHead(nn.Module):
+    """Feature maps of all views, and the tracker on them."""
+
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         self.feature_extractor = FeatureExtractor(config)
@@ -42,6 +44,8 @@ class TrackHead(nn.Module):
 
 
 class FeatureExtractor(DPT):
+    """The dense head's fusion, at 1 / STRIDE of the resolution."""
+
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__(config, config.track_features, config.track_features, code_position=False)
 
@@ -55,6 +59,8 @@ class FeatureExtractor(DPT):
 
 
 class Tracker(nn.Module):
+    """Refines where tracks are, and what they look like, a few times."""
+
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         features, hidden = config.track_features, config.track_hidden
@@ -83,12 +89,11 @@ class Tracker(nn.Module):
         pyramid = [maps.flatten(0, 1)]
         for _ in range(self.levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
-
         predictions = []
         for _ in range(iterations):
             coords = coords.detach()
             tokens = self.tokens(pyramid, tracks, coords) + place
-            delta = self.updateformer(tokens.transpose(1, 2)).transpose(1, 2)  # [B, S, N, 2 + C]
+            delta = recompute(self.updateformer, tokens.transpose(1, 2)).transpose(1, 2)  # [B, S, N, 2 + C]
             coords = torch.cat([query[:, None], (coords + delta[..., :2])[:, 1:]], dim=1)
             normed = self.ffeat_norm(delta[..., 2:].flatten(0, 2)).view_as(tracks)
             tracks = tracks + self.ffeat_updater(normed)
@@ -164,19 +169,40 @@ class UpdateTransformer(nn.Module):
         return self.flow_head(self.output_norm(x[:, :n] + entered))
 
 
+class PackedAttention(nn.Module):
+    """Attention from x [M, L, dim] to a context [M, K, dim], under the parameter names of nn.MultiheadAttention.
+
+    That one would leave scaled_dot_product_attention, and its flash kernels, in inference.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * dim, dim)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        dim = x.shape[-1]
+        q = F.linear(x, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+        k, v = F.linear(context, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class SelfBlock(nn.Module):
     """Attention and MLP over [M, L, dim]. The attention's skip carries the normed input, as published."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.attn = PackedAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x)
-        x = x + self.attn(x, x, x, need_weights=False)[0]
+        x = x + self.attn(x, x)
         return x + self.mlp(self.norm2(x))
 
 
@@ -187,13 +213,13 @@ class CrossBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim)
-        self.cross_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.cross_attn = PackedAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x, context = self.norm1(x), self.norm_context(context)
-        x = x + self.cross_attn(x, context, context, need_weights=False)[0]
+        x = x + self.cross_attn(x, context)
         return x + self.mlp(self.norm2(x))
 
 
@@ -202,8 +228,8 @@ def sample(maps: Tensor, at: Tensor, padding: str) -> Tensor:
 
     padding: beyond the border, "zeros" or the "border" itself.
     """
-    height, width = maps.shape[-2:]
-    grid = torch.stack([at[..., 0] * (2 / (width - 1)), at[..., 1] * (2 / (height - 1))], dim=-1) - 1
+    scale_y, scale_x = (2 / max(size - 1, 1) for size in maps.shape[-2:])
+    grid = torch.stack([at[..., 0] * scale_x, at[..., 1] * scale_y], dim=-1) - 1
     return F.grid_sample(maps, grid, align_corners=True, padding_mode=padding)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Mapping
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ CONFIG_FILE = "config.json"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Names and tensors of any shape, and what the checkpoint says of the model that it is of ({}: nothing).
+    """Names and tensors, and what the checkpoint says of the model that it is of ({}: nothing).
 
     source: see VGGT.from_pretrained. A .pt holds the tensors themselves, or {"model": tensors} and, if it is one
     of the trainer's, "model_config". Raises ValueError saying what is wrong with `source`.
@@ -34,20 +36,21 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # damaged pickles end in errors of many types
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint of tensors only ({first_line})") from error
     state, config = content, {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         state, config = content["model"], content.get("model_config", {})
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not is_state or not isinstance(config, dict):
         raise ValueError(f"{path}: expected names and tensors, or {{'model': names and tensors}}")
     return state, config
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a folder, of any shapes, and its config.json."""
+    """What read_checkpoint returns, of a folder and its config.json."""
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if weights is None:
         raise ValueError(f"{folder}: expected {' or '.join(WEIGHT_FILES)} in this folder, found neither")
@@ -58,6 +61,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return state, config
 
 
@@ -73,16 +78,20 @@ def _download(name: str) -> Path:
     except ImportError as error:
         raise ValueError(f"{name}: no such file; to fetch it from Hugging Face: pip install '.[hub]'") from error
     try:
-        return Path(snapshot_download(name, allow_patterns=[WEIGHT_FILES[0], CONFIG_FILE]))
+        folder = Path(snapshot_download(name, allow_patterns=[WEIGHT_FILES[0], CONFIG_FILE]))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError
         raise ValueError(f"{name}: no such file here, and not to be had from Hugging Face ({error})") from error
+    if not (folder / WEIGHT_FILES[0]).exists():
+        raise ValueError(f"{name}: this repository of Hugging Face has no {WEIGHT_FILES[0]}")
+    return folder
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Give `model` its tensors from `state` by name, each in the type the model has it in.
 
-    Heads that the model was built without may be in `state`. source: what `state` was read from, for messages.
-    Raises ValueError listing what is missing, unexpected or of another shape; the model is then unchanged.
+    Its parameters become new ones, on the CPU: fill before .to() and before making an optimizer. Heads that the model
+    was built without may be in `state`. source: what `state` was read from, for messages. Raises
+    ValueError listing what is missing, unexpected or of another shape; the model is then unchanged.
     """
     own = model.state_dict()
     modules, there = ({name.split(".")[0] for name in names} for names in (own, state))
@@ -122,28 +131,38 @@ def _shorten(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write names and tensors of any shape to a .pt or .safetensors file, or else to a folder, a config beside them.
-
-    A .pt is the plain state dict, as the published one. Files appear whole or not at all. Raises OSError.
-    """
-    if path.suffix not in (".pt", ".safetensors"):
-        path.mkdir(parents=True, exist_ok=True)
-        write_weights(path / WEIGHT_FILES[0], state, config)
-        temporary = path / (CONFIG_FILE + ".tmp")
+def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write folder/model.safetensors and folder/config.json, whole or not at all. Raises OSError."""
+    write_file(folder / WEIGHT_FILES[0], state)
+    with _whole_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path / CONFIG_FILE)
-        return
+
+
+def write_file(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write names and tensors to a .safetensors or else a .pt file, whole or not at all. Raises OSError.
+
+    A .pt holds the plain state dict, as the published one.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with _whole_file(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(tensors, temporary)
+        else:
+            torch.save(tensors, temporary)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to; what is written there is then on disk as `path`, or gone after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     try:
-        if path.suffix == ".pt":
-            torch.save(tensors, temporary)
-        else:
-            save_file(tensors, temporary)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
-        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).partition(chr(10))[0]})") from error
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path}: cannot be written, is the disk full? ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
