@@ -22,11 +22,11 @@ help:
 	@echo "make shards      only pack the training data"
 	@echo "make setup       only create .venv and install into it"
 	@echo "make test        all tests but the slow ones;  make test-slow: those;  make check: lint and types"
-	@echo "make bench       what the model costs, as ratios: an hour, and 16 GB of memory"
+	@echo "make bench       what packing, reading and the model cost, as ratios: an hour, and 16 GB of memory"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"
-	@echo "CO3D_ANNOTATION_DIR=  its cameras: <category>_{train,test}.jgz"
+	@echo "CO3D_ANNOTATION_DIR=  VGGT's cameras: <category>_{train,test}.jgz (none: those that come with Co3D)"
 	@echo "SHARDS=data/shards    where the packed data goes, or is"
 	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: a small model from scratch)"
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
@@ -48,10 +48,10 @@ setup: .venv/installed
 
 shards: setup
 ifneq ($(CO3D_DIR),)
-	@test -n "$(CO3D_ANNOTATION_DIR)" || { echo "CO3D_DIR is given, but CO3D_ANNOTATION_DIR (its cameras) is not"; exit 2; }
 	@# The demo's shards lie elsewhere and are only linked here: make room.
 	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi
-	@$(BIN)/vggt-prep pack --co3d-dir "$(CO3D_DIR)" --annotation-dir "$(CO3D_ANNOTATION_DIR)" --out "$(SHARDS)"
+	@$(BIN)/vggt-prep pack --co3d-dir "$(CO3D_DIR)" --out "$(SHARDS)" \
+	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$(CO3D_ANNOTATION_DIR)")
 else
 	@if [ -e "$(SHARDS)/dataset.json" ]; then echo "$(SHARDS) is there: using it"; \
 	elif [ "$(origin SHARDS)" != file ] || [ -d "$(SHARDS)" ]; then \
@@ -79,6 +79,9 @@ check: .venv/installed-dev
 	@$(BIN)/pyright
 
 bench: setup
+	@$(BIN)/python bench/packing.py
+	@for part in rates workers remote spread; do $(BIN)/python bench/loader.py $$part || exit 1; done
+	@for part in decode index; do $(BIN)/python bench/reading.py $$part || exit 1; done
 	@for part in speed memory full; do $(BIN)/python bench/model.py $$part || exit 1; done
 
 clean:

@@ -123,10 +123,10 @@ def speed(views: int = 4) -> None:
         print(f"  {title:50} {ratio(within(**parts), within(other, **parts))}", flush=True)
 
 
-def full(chunk: int, views: int = 2) -> None:
+def full(chunk: int, views: int = 1) -> None:
     parts = {"work": train, "model": build({}, chunk), "batch": batch_of(views)}
     result = ratio(within(**parts), within(keeping_all, unchunked, **parts))
-    print(f"full size, {views} views, forward, losses and backward, head in chunks of {chunk}, over plain: {result}")
+    print(f"full size, {views} view, forward, losses and backward, head in chunks of {chunk}, over plain: {result}")
 
 
 def memory(chunk: int) -> None:

@@ -2,99 +2,167 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import shards
-from prep.co3d import Co3D
-from prep.pack import PackOptions, PackResult, pack
+from prep.co3d import Co3D, OfficialCo3D
+from prep.executors import dask_cluster, process_pool
+from prep.pack import PackOptions, PackResult, ShardDone, pack
 from prep.synth import SynthOptions, synth
 from shards.schema import SPLITS
 
 console = Console(highlight=False)
 
 
+class Stopped(click.ClickException):
+    exit_code = 130  # as shells expect it of a Ctrl-C
+
+    def show(self, file: Any = None) -> None:
+        click.echo(self.message, err=True)
+
+
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """What a user can mend is said in one line, without a traceback."""
+def plain_errors(stopped: str = "stopped") -> Iterator[None]:
+    """What a user can mend is said in one line, without a traceback; a signal to stop ends with the line `stopped`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Stopped(stopped) from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except BrokenProcessPool as error:
         raise click.ClickException("a worker process died, perhaps for lack of memory: try fewer --workers") from error
 
 
+class LocalPath(click.Path):
+    """A path on this machine; a URL, which it would take for a folder called `s3:`, is an error."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value}: expected a place on this machine; sets can be copied elsewhere and read there")
+        return super().convert(value, param, ctx)
+
+
+class Share(click.FloatRange):
+    """A number from 0 to 1, for which NaN would pass."""
+
+    def __init__(self, **limits: Any) -> None:
+        super().__init__(0, 1, **limits)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        share = super().convert(value, param, ctx)
+        return share if share == share else self.fail(f"{value} is not a number", param, ctx)
+
+
 @contextmanager
-def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes forked from a server that has imported these modules and has no threads running."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preload)
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def progress_bar(unit: str) -> Progress:
-    return Progress(
+def progress_bar(unit: str, *columns: str) -> Iterator[Progress]:
+    """A bar that appears when it is started, and is gone from the terminal's care at the end, error or not."""
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        *columns,
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        speed_estimate_period=600,  # a shard may take a minute
     )
+    try:
+        yield bar
+    finally:
+        bar.stop()
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def start(bar: Progress, description: str, total: int, **fields: Any) -> TaskID:
+    bar.start()
+    return bar.add_task(description, total=total, **fields)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def size_text(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 workers_option = click.option(
-    "--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores", help="Processes."
+    "--workers",
+    type=click.IntRange(1),
+    default=len(os.sched_getaffinity(0)),
+    show_default="all cores",
+    help="Processes.",
 )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main() -> None:
-    """Packs posed captures into WebDataset shards for training VGGT."""
+    """Packs posed captures into WebDataset shards for training VGGT.
+
+    \b
+    vggt-prep synth --out captures                     render something to try
+    vggt-prep pack --co3d-dir co3d --out shards        make a shard set
+    vggt-prep preview shards                           look at it
+    vggt-prep verify shards                            check each of its bytes
+    """
 
 
 @main.command("pack")
-@click.option("--co3d-dir", type=click.Path(path_type=Path), required=True, help="Co3D: <category>/<sequence>/images.")
-@click.option("--annotation-dir", type=click.Path(path_type=Path), required=True, help="Of <category>_<split>.jgz.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the shard set.")
+@click.option("--co3d-dir", type=LocalPath(), required=True, help="Co3D: <category>/<sequence>/images.")
+@click.option("--annotation-dir", type=LocalPath(), help="VGGT's <category>_{train,test}.jgz.")
+@click.option("--set-list", show_default="fewview_dev", help="Without --annotation-dir: which of set_lists/.")
+@click.option("--min-quality", type=float, help="Without --annotation-dir: least viewpoint_quality_score.")
+@click.option("--out", type=LocalPath(), required=True, help="Directory of the shard set.")
 @click.option("--split", "splits", type=click.Choice(SPLITS), multiple=True, help="Only this split (repeatable).")
 @click.option("--category", "categories", multiple=True, help="Only this category (repeatable).")
-@click.option("--short-side", type=click.IntRange(0), default=648, show_default=True, help="Pixels; 0 keeps the files.")
-@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of resized JPEGs.")
-@click.option("--min-frames", type=click.IntRange(1), default=24, show_default=True, help="Of a sequence, at least.")
-@click.option("--shard-frames", type=click.IntRange(1), default=500, show_default=True, help="A shard is full at that.")
-@click.option("--max-bad", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Share of bad frames.")
+@click.option("--short-side", type=click.IntRange(0), default=648, show_default=True, help="Pixels; 0 keeps files.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="JPEG's, of resized images."
+)
+@click.option("--min-frames", type=click.IntRange(1), default=24, show_default=True, help="Fewest of a sequence.")
+@click.option("--shard-frames", type=click.IntRange(1), default=500, show_default=True, help="Fill a shard up to this.")
+@click.option("--max-bad", type=Share(), default=0.02, show_default=True, help="Most bad frames, as a share.")
 @workers_option
+@click.option("--scheduler", help="Of a Dask cluster, tcp://host:port; its workers must see both directories.")
 def pack_command(
     co3d_dir: Path,
-    annotation_dir: Path,
+    annotation_dir: Path | None,
+    set_list: str | None,
+    min_quality: float | None,
     out: Path,
     splits: tuple[str, ...],
     categories: tuple[str, ...],
     max_bad: float,
     workers: int,
+    scheduler: str | None,
     short_side: int,
     quality: int,
     min_frames: int,
@@ -102,53 +170,91 @@ def pack_command(
 ) -> None:
     """Pack Co3D frames, depths and cameras into tar shards with an index.
 
-    Interrupted, the same command goes on where it was. Sequences that are annotated but not there are skipped, so
-    a part of the download is enough.
+    With --annotation-dir the cameras are those of VGGT's annotation files, without it those that come with Co3D; then
+    --set-list says what is for training and what for testing. Interrupted, the same command goes on where it was.
+    Sequences that are annotated but not there are skipped, so a part of the download is enough.
 
     \b
     vggt-prep pack --co3d-dir co3d --annotation-dir co3d_anno --out shards
     vggt-prep pack --co3d-dir co3d --annotation-dir co3d_anno --out apples --category apple
+    vggt-prep pack --co3d-dir co3d --set-list manyview_dev_0 --min-quality 0.5 --out shards
+    vggt-prep pack --co3d-dir /nfs/co3d --out /nfs/shards --scheduler tcp://node0:8786
     """
     options = PackOptions(short_side=short_side, quality=quality, min_frames=min_frames, shard_frames=shard_frames)
-    with plain_errors(), process_pool(workers, ["prep.pack", "webdataset"]) as pool, progress_bar("frames") as bar:
-        source = Co3D(co3d_dir, annotation_dir, splits or None, categories or None)
-        task = bar.add_task("packing", total=None)
-        result = pack(
-            source,
-            out,
-            options,
-            pool,
-            max_bad=max_bad,
-            workers=workers,
-            on_plan=lambda frames: bar.update(task, total=frames),
-            on_shard=lambda frames: bar.advance(task, frames),
-        )
+    stopped = "stopped; finished shards are kept, and the same command goes on from there"
+    with plain_errors(stopped), pack_executor(scheduler, workers) as (executor, parallel):
+        if annotation_dir is not None and (set_list is not None or min_quality is not None):
+            raise ValueError("--set-list and --min-quality are of Co3D's own annotations: not with --annotation-dir")
+        chosen = (splits or None, categories or None)
+        if scheduler is not None:  # its workers are in other directories
+            co3d_dir, out = co3d_dir.absolute(), out.absolute()
+        if annotation_dir is None:
+            source = OfficialCo3D(co3d_dir, set_list or "fewview_dev", min_quality, *chosen)
+        else:
+            source = Co3D(co3d_dir, annotation_dir, *chosen)
+        with progress_bar("frames", "{task.fields[made]}") as bar:
+            result = pack(source, out, options, executor, max_bad=max_bad, parallel=parallel, **shown(bar))
     print_pack(out, result)
 
 
+def shown(bar: Progress) -> dict[str, Callable[..., None]]:
+    """The callbacks of a pack that show on the bar how it goes."""
+    made = ShardDone(frames=0, bytes=0, bad=0)
+    began = time.monotonic()
+    tasks: list[TaskID] = []
+
+    def on_plan(frames: int, kept: int) -> None:
+        if kept == frames:
+            click.echo("packed before: nothing to do")
+        else:
+            tasks.append(start(bar, "packing", frames, completed=kept, made=""))
+
+    def on_shard(done: ShardDone) -> None:
+        nonlocal made
+        made += done
+        rate = made.frames / (time.monotonic() - began)
+        text = f"{rate:,.1f}/s, {size_text(made.bytes)}, {made.bad} bad"
+        bar.update(tasks[0], advance=done.frames, made=text)
+
+    return {"on_plan": on_plan, "on_shard": on_shard}
+
+
+@contextmanager
+def pack_executor(scheduler: str | None, workers: int) -> Iterator[tuple[Executor, int]]:
+    if scheduler is None:
+        with process_pool(workers, ["prep.pack", "webdataset"]) as pool:
+            yield pool, workers
+    else:
+        with dask_cluster(scheduler) as cluster:
+            yield cluster
+
+
 def print_pack(out: Path, result: PackResult) -> None:
-    table = Table("split", "sequences", "frames", title=f"{out}: {megabytes(result.bytes)}", title_justify="left")
+    click.echo(f"{out}: {size_text(result.bytes)}")
+    table = Table("split", "sequences", "frames")
     for split, counts in result.splits.items():
         table.add_row(split, f"{counts['sequences']:,}", f"{counts['frames']:,}")
     console.print(table)
     if result.skipped:
-        console.print(f"{result.skipped:,} annotated sequences skipped: their folders are not there")
+        click.echo(f"{counted(result.skipped, 'annotated sequence')} skipped: their folders are not there")
+    if result.without_depth:
+        click.echo(f"{counted(result.without_depth, 'frame')} without depth: for cameras only")
     if result.short:
-        console.print(f"{len(result.short):,} sequences left out: too few usable frames (see --min-frames)")
+        click.echo(f"{counted(len(result.short), 'sequence')} left out: too few usable frames (see --min-frames)")
     for reason, count in result.reasons.most_common():
-        console.print(f"{count:,} frames left out: {reason}")
+        click.echo(f"{counted(count, 'frame')} left out: {reason}")
     if result.bad or result.short:
-        console.print(f"each is listed in {out / 'report.json'}")
+        click.echo(f"each is listed in {out / 'report.json'}")
 
 
 @main.command("synth")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Gets co3d/ and annotations/.")
-@click.option("--scenes", type=click.IntRange(8), default=40, show_default=True, help="Every eighth is for testing.")
-@click.option("--frames", type=click.IntRange(1), default=30, show_default=True, help="A scene.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same files.")
+@click.option("--out", type=LocalPath(), required=True, help="Gets co3d/ and annotations/.")
+@click.option("--scenes", type=click.IntRange(8), default=40, show_default=True, help="An eighth is for testing.")
+@click.option("--frames", type=click.IntRange(1), default=30, show_default=True, help="Frames of a scene.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The same, the same files.")
 @workers_option
 def synth_command(out: Path, scenes: int, frames: int, seed: int, workers: int) -> None:
-    """Render turn-table captures of boxes and balls in Co3D's layout, to try everything without a download.
+    """Render captures in Co3D's layout, to try everything without a download.
 
     \b
     vggt-prep synth --out data/synth
@@ -156,37 +262,134 @@ def synth_command(out: Path, scenes: int, frames: int, seed: int, workers: int) 
     """
     options = SynthOptions(scenes=scenes, frames=frames, seed=seed)
     with plain_errors(), process_pool(workers, ["prep.synth"]) as pool, progress_bar("scenes") as bar:
-        task = bar.add_task("rendering", total=scenes)
+        task = start(bar, "rendering", scenes)
         made = synth(out, options, pool, on_scene=lambda: bar.advance(task))
         bar.update(task, completed=scenes)
     done = f"{scenes} scenes of {frames} frames" + ("" if made else ", rendered before")
-    console.print(f"{out}: {done}; pack them with --co3d-dir {out}/co3d --annotation-dir {out}/annotations")
+    click.echo(f"{out}: {done}; pack them with --co3d-dir {out}/co3d --annotation-dir {out}/annotations")
 
 
 @main.command("info")
-@click.argument("path", type=click.Path(path_type=Path))
-def info_command(path: Path) -> None:
-    """What a shard set holds: categories, sequences, frames, bytes, resolutions and the options it was packed with.
+@click.argument("shard_set")
+def info_command(shard_set: str) -> None:
+    """Say what a shard set holds.
+
+    Categories, sequences, frames, bytes, resolutions, and the options it was packed with. SHARD_SET is a directory or
+    a URL.
 
     \b
     vggt-prep info data/shards
+    vggt-prep info s3://bucket/co3d
     """
     with plain_errors():
-        shard_set = shards.open(path)
-        frames, sequences = shard_set.frames, shard_set.sequences
-    size = sum(entry["size"] for entry in shard_set.dataset["files"].values())
-    table = Table("split", "category", "sequences", "frames", title=f"{path}: {megabytes(size)}", title_justify="left")
-    for split in shard_set.dataset["splits"]:
-        rows = sequences[shard_set.split(split)]
+        opened = shards.open(shard_set)
+        frames, sequences = opened.frames, opened.sequences
+    size = sum(entry["size"] for entry in opened.dataset["files"].values())
+    click.echo(f"{shard_set}: {size_text(size)}")
+    table = Table("split", "category", "sequences", "frames")
+    for split in opened.dataset["splits"]:
+        rows = sequences[opened.split(split)]
         for category in np.unique(rows["category"]):
             part = rows[rows["category"] == category]
             table.add_row(split, category.decode(), f"{len(part):,}", f"{part['count'].sum():,}")
     console.print(table)
     with_depth = int((frames["depth_size"] > 0).sum())
     members = int(frames["jpg_size"].sum(dtype=np.int64) + frames["depth_size"].sum(dtype=np.int64))
-    console.print(f"{len(shard_set.tars)} tars, {len(frames):,} frames ({with_depth:,} with depth)")
-    console.print(f"{members / len(frames) / 1e3:,.1f} kB a frame (JPEG and depth)")
+    click.echo(f"{counted(len(opened.tars), 'tar')}, {counted(len(frames), 'frame')} ({with_depth:,} with depth)")
+    click.echo(f"{members / len(frames) / 1e3:,.1f} kB a frame (JPEG and depth)")
     pairs, counts = np.unique(np.stack([frames["width"], frames["height"]], axis=1), axis=0, return_counts=True)
     common = sorted(zip(counts, pairs, strict=True), key=lambda item: -item[0])[:5]
-    console.print("sizes: " + ", ".join(f"{w} x {h} ({n:,})" for n, (w, h) in common))
-    console.print("packed with " + ", ".join(f"{k} {v}" for k, v in sorted(shard_set.dataset["options"].items())))
+    click.echo("width x height: " + ", ".join(f"{w} x {h} ({n:,})" for n, (w, h) in common))
+    options = ", ".join(f"{key} {value}" for key, value in sorted(opened.dataset["options"].items()))
+    click.echo(f"packed with {options}" if options else "packed with unknown options: its index was rebuilt")
+
+
+@main.command("verify")
+@click.argument("shard_set")
+@click.option("--sample", type=Share(min_open=True), default=1.0, show_default=True, help="Share of the tars to read.")
+@workers_option
+def verify_command(shard_set: str, sample: float, workers: int) -> None:
+    """Check every byte of a shard set.
+
+    The hashes, the structure of the tars, the index, the cameras, and that the webdataset library reads the same.
+    Ends with exit code 1 if anything is wrong. SHARD_SET is a directory or a URL.
+
+    \b
+    vggt-prep verify data/shards
+    vggt-prep verify https://host/co3d --sample 0.02
+    """
+    from prep.verify import verify
+
+    with plain_errors(), process_pool(workers, ["prep.verify", "webdataset"]) as pool, progress_bar("tars") as bar:
+        tasks: list[TaskID] = []
+        result = verify(
+            shard_set,
+            pool,
+            sample=sample,
+            on_plan=lambda tars: tasks.append(start(bar, "verifying", tars)),
+            on_tar=lambda: bar.advance(tasks[0]),
+        )
+    for problem in result.problems:
+        click.echo(problem, err=True)
+    if result.problems:
+        found = counted(len(result.problems), "problem")
+        raise click.ClickException(
+            f"{shard_set}: {found}, said above. Copy these files again, or remove the set and pack again"
+        )
+    frames = counted(result.frames, "frame")
+    click.echo(f"{shard_set}: {result.tars:,} of {counted(result.all_tars, 'tar')} checked: {frames} as packed")
+
+
+@main.command("index")
+@click.argument("shard_set", type=LocalPath())
+@workers_option
+def index_command(shard_set: Path, workers: int) -> None:
+    """Rebuild the index of a shard set from its tars.
+
+    For a set whose index is lost or damaged, or whose tars were gathered by hand (train-000000.tar, test-000000.tar,
+    ...). Every member is checked: a damaged tar is not taken.
+
+    \b
+    vggt-prep index data/shards
+    """
+    from shards.index import rebuild_index
+
+    with plain_errors(), process_pool(workers, ["shards.index"]) as pool, progress_bar("tars") as bar:
+        tasks: list[TaskID] = []
+        frames = rebuild_index(
+            shard_set,
+            pool,
+            on_plan=lambda tars: tasks.append(start(bar, "indexing", tars)),
+            on_tar=lambda: bar.advance(tasks[0]),
+        )
+    click.echo(f"{shard_set}: index of {counted(frames, 'frame')} written")
+
+
+@main.command("preview")
+@click.argument("shard_set")
+@click.option("--out", type=LocalPath(), default="preview.html", show_default=True, help="The page.")
+@click.option("--sequences", type=click.IntRange(1), default=20, show_default=True, help="How many, over the set.")
+def preview_command(shard_set: str, out: Path, sequences: int) -> None:
+    """Draw a page that shows whether images, depths and cameras fit.
+
+    For some sequences: images, depths in colour, the cameras from above, and one view warped into another through
+    depth and cameras. The page is one HTML file that needs nothing else. SHARD_SET is a directory or a URL.
+
+    \b
+    vggt-prep preview data/shards
+    vggt-prep preview data/shards --sequences 100 --out look.html
+    """
+    from prep.preview import write_preview
+
+    with plain_errors(), progress_bar("sequences") as bar:
+        opened = shards.open(shard_set)
+        task = start(bar, "drawing", min(sequences, len(opened.sequences)))
+        problems = []
+        for problem in write_preview(opened, out, sequences):
+            bar.advance(task)
+            problems += [problem] if problem else []
+    click.echo(f"{out}: {size_text(out.stat().st_size)}; open it in a browser")
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        raise click.ClickException(f"{counted(len(problems), 'sequence')} could not be drawn; see vggt-prep verify")

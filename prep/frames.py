@@ -48,7 +48,6 @@ class PackedFrame:
 
 def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     """Read, check, resize and encode a frame. Raises BadFrameError."""
-    check_camera(frame)
     data = _read(frame.image, "image")
     try:
         source_size = jpeg_size(data)
@@ -56,9 +55,10 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
         image, eighths = decode_jpeg(data, scale)
     except ValueError as error:
         raise BadFrameError("image is damaged", str(error)) from error
-    places = (frame.intrinsics[:2, 2] + 0.5) / source_size[::-1]
-    if np.abs(places - 0.5).max() > MAX_OFF_CENTRE:
-        raise BadFrameError("principal point is far from the centre", f"at {places} of the sides")
+    if frame.size is not None and source_size != tuple(frame.size):
+        raise BadFrameError("image is not of the annotated size", f"{source_size} against {frame.size}")
+    extrinsics, intrinsics = frame.camera.opencv(*source_size)
+    check_camera(extrinsics, intrinsics, *source_size)
     # An edge at x of the source lies at x * factor of the stored image, which need not be the ratio of the sizes:
     # a decoder that scales by k/8 rounds sizes up.
     size, factor = source_size, (1.0, 1.0)
@@ -70,8 +70,8 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     if frame.depth is not None:
         depth = encode_depth(_stored_depth(frame, source_size, size, factor))
     meta = FrameMeta(
-        extrinsics=frame.extrinsics,
-        intrinsics=scale_intrinsics(frame.intrinsics, factor[1], factor[0]),
+        extrinsics=extrinsics,
+        intrinsics=scale_intrinsics(intrinsics, factor[1], factor[0]),
         height=size[0],
         width=size[1],
         depth_scale=frame.depth_scale,
@@ -82,18 +82,23 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     return PackedFrame(jpeg=data, depth=depth, meta=meta)
 
 
-def check_camera(frame: Frame) -> None:
-    """Raises BadFrameError unless the camera is finite, a rotation, of positive focal lengths and not skewed."""
-    if not np.isfinite(frame.extrinsics).all() or not np.isfinite(frame.intrinsics).all():
+def check_camera(extrinsics: np.ndarray, k: np.ndarray, height: int, width: int) -> None:
+    """Raises BadFrameError unless a camera can be trained on.
+
+    It must be finite, a rotation, of positive focal lengths, not skewed, and its principal point near the centre.
+    """
+    if not np.isfinite(extrinsics).all() or not np.isfinite(k).all():
         raise BadFrameError("camera is not finite")
-    rotation = frame.extrinsics[:, :3]
+    rotation = extrinsics[:, :3]
     if np.abs(rotation @ rotation.T - np.eye(3)).max() > ROTATION_TOLERANCE or np.linalg.det(rotation) < 0:
         raise BadFrameError("camera is not a rotation")
-    k = frame.intrinsics
     if k[0, 0] <= 0 or k[1, 1] <= 0 or (k[2] != (0, 0, 1)).any():
         raise BadFrameError("intrinsics are not [fx 0 cx; 0 fy cy; 0 0 1]")
     if max(abs(k[0, 1]), abs(k[1, 0])) > SKEW_TOLERANCE * k[0, 0]:
         raise BadFrameError("intrinsics are skewed")
+    places = (k[:2, 2] + 0.5) / (width, height)
+    if np.abs(places - 0.5).max() > MAX_OFF_CENTRE:
+        raise BadFrameError("principal point is far from the centre", f"at {places} of the sides")
 
 
 def _stored_depth(
@@ -127,7 +132,7 @@ def _read(path: Path, what: str) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadFrameError(f"{what} is missing") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # also a path that no file can have
         raise BadFrameError(f"{what} is not readable", str(error)) from error
 
 
@@ -136,7 +141,10 @@ def _read_png(path: Path, what: str, dtype: type) -> np.ndarray:
     data = _read(path, what)
     if PNG_END not in data[-64:]:  # OpenCV fills what is missing with zeros and says nothing
         raise BadFrameError(f"{what} is truncated")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # a header of absurd size
+        image = None
     if image is None:
         raise BadFrameError(f"{what} is damaged")
     if image.dtype != dtype or image.ndim != 2:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 
 import shards
 from prep.frames import BadFrameError, FrameOptions, pack_frame
 from prep.source import Sequence, Source
-from shards.index import TarIndex, index_tar, write_index
-from shards.schema import DATASET_FILE, DEPTH, JPEG, META, REPORT_FILE, member_key
-from shards.writer import atomic_file, write_json, write_tar
+from shards.index import TarIndex, index_file, read_dataset, write_index
+from shards.schema import DATASET_FILE, DEPTH, JPEG, META, REPORT_FILE, WORK_FOLDER, member_key
+from shards.writer import write_json, write_tar
 
-WORK_FOLDER = ".pack"  # in the output, until it is complete
 JOB_FILE = "job.json"
+PATIENCE = 90  # seconds
+LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class PackResult:
 
     splits: dict[str, dict[str, int]]
     bytes: int
+    without_depth: int
     skipped: int
     bad: list[tuple[str, str, str]]
     short: list[tuple[str, int]]
@@ -56,6 +62,18 @@ class PackResult:
     @property
     def reasons(self) -> Counter[str]:
         return Counter(reason for _, reason, _ in self.bad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardDone:
+    """What came of a shard: annotated frames, bytes of its tar, and frames of it that are bad."""
+
+    frames: int
+    bytes: int
+    bad: int
+
+    def __add__(self, other: ShardDone) -> ShardDone:
+        return ShardDone(frames=self.frames + other.frames, bytes=self.bytes + other.bytes, bad=self.bad + other.bad)
 
 
 class PackError(ValueError):
@@ -69,61 +87,124 @@ def pack(
     executor: Executor,
     *,
     max_bad: float,
-    workers: int,
-    on_plan: Callable[[int], None] = lambda frames: None,
-    on_shard: Callable[[int], None] = lambda frames: None,
+    parallel: int,
+    on_plan: Callable[[int, int], None] = lambda frames, kept: None,
+    on_shard: Callable[[ShardDone], None] = lambda done: None,
 ) -> PackResult:
     """Pack all of `source` into directory `out` and return what came of it.
 
-    on_plan is told the number of frames in all, on_shard those of each shard as it is finished. Raises PackError
-    if `out` holds something else, nothing can be packed, or more than the share max_bad of the frames is bad.
+    parallel: shards that the executor makes at once. on_plan is told the number of frames in all and of those in
+    shards that are there already, on_shard each further shard as it is finished. Raises PackError if `out` holds
+    something else, nothing can be packed, or more than the share max_bad of the frames is bad.
     """
-    jobs = _jobs(source, options)
-    plan = [(job.split, job.name, [(s.category, s.name, s.annotated) for s in job.sequences]) for job in jobs]
-    total = sum(count for _, _, sequences in plan for _, _, count in sequences)
-    on_plan(total)
+    plan = [_planned(job) for job in _jobs(source, options)]
+    total = sum(entry.frames for entry in plan)
     if not total:
         raise PackError(
             f"no frame to pack: {source.skipped} annotated sequences, but no folder of any; is --co3d-dir right?"
         )
-    description, stored = source.describe(), asdict(options)
+    job = {
+        "source": source.describe() | {"plan": _digest([asdict(entry) for entry in plan])},
+        "options": asdict(options),
+    }
     work = out / WORK_FOLDER
-    if _already_packed(out, description, stored, plan):
+    if _already_packed(out, job):
         shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
-        on_shard(total)
+        on_plan(total, total)
         return _result(out, source.skipped)
     work.mkdir(parents=True, exist_ok=True)
-    for leftover in [*out.glob("*.tmp"), *work.glob("*.tmp")]:
-        leftover.unlink()
-    write_json(work / JOB_FILE, _job_record(description, stored, plan))
+    with _alone(work):
+        for leftover in [*out.glob("*.tmp"), *work.glob("*.tmp")]:
+            leftover.unlink()
+        write_json(work / JOB_FILE, job)
+        most_bad = max_bad * total
+        kept = _kept(out, plan, most_bad)
+        on_plan(total, sum(entry.frames for entry in plan if entry.name in kept))
+        missing = _same_jobs(source, out, options, plan, kept)
+        _run(missing, out, options, executor, parallel, on_shard, most_bad - sum(kept.values()))
+        _finish(out, job, [entry.name for entry in plan], most_bad)
+    return _result(out, source.skipped)
 
-    _run(_jobs(source, options), out, options, executor, workers, on_shard)
-    reports = {name: json.loads((work / f"{name}.json").read_bytes()) for _, name, _ in plan}
+
+@dataclass(frozen=True)
+class Planned:
+    """A shard of the plan. sequences: category, name, annotated frames, and how many have depth and a mask."""
+
+    split: str
+    name: str
+    sequences: list[tuple[str, str, int, int, int]]
+
+    @property
+    def frames(self) -> int:
+        return sum(count for _, _, count, _, _ in self.sequences)
+
+
+def _planned(job: ShardJob) -> Planned:
+    rows = []
+    for sequence in job.sequences:
+        depths, masks = (sum(getattr(f, what) is not None for f in sequence.frames) for what in ("depth", "mask"))
+        rows.append((sequence.category, sequence.name, sequence.annotated, depths, masks))
+    return Planned(job.split, job.name, rows)
+
+
+def _kept(out: Path, plan: list[Planned], most_bad: float) -> dict[str, int]:
+    """The shards that are done, and how many bad frames each has; without those that have some if these are too many.
+
+    Then the dataset may have been mended since, and they are made again.
+    """
+    kept = {entry.name: len(_report(out, entry.name)["bad"]) for entry in plan if _is_done(out, entry.name)}
+    if sum(kept.values()) <= most_bad:
+        return kept
+    for name in [name for name, bad in kept.items() if bad]:
+        del kept[name]
+        (out / WORK_FOLDER / f"{name}.json").unlink()  # now: a kill must not bring it back
+    return kept
+
+
+def _same_jobs(
+    source: Source, out: Path, options: PackOptions, plan: list[Planned], kept: dict[str, int]
+) -> Iterator[ShardJob]:
+    """The jobs of the shards that are not kept. Raises PackError if the dataset is no longer what was planned."""
+    for planned, job in zip_longest(plan, _jobs(source, options)):
+        if planned is None or job is None or _planned(job) != planned:
+            raise PackError(f"the dataset changed while it was packed: remove {out}, and run again when it is complete")
+        if job.name not in kept:
+            yield job
+
+
+def _report(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / WORK_FOLDER / f"{name}.json").read_bytes())
+
+
+def _finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -> None:
+    """Write the report of all shards that were made and then, unless too much is bad, the index."""
+    work = out / WORK_FOLDER
+    reports = {name: _report(out, name) for name in names if _is_done(out, name)}
     report = {
         "bad": [entry for part in reports.values() for entry in part["bad"]],
         "short": [entry for part in reports.values() for entry in part["short"]],
     }
     write_json(out / REPORT_FILE, report)
-    if len(report["bad"]) > max_bad * total:
-        for name, part in reports.items():
-            if part["bad"]:  # to be made again from a mended dataset
-                (work / f"{name}.json").unlink()
+    if len(report["bad"]) > most_bad:
         reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in report["bad"]).most_common())
+        so_far = "" if len(reports) == len(names) else f" in {len(reports)} of {len(names)} shards"
         raise PackError(
-            f"{len(report['bad'])} of {total} frames are bad, more than --max-bad {max_bad:g} allows: {reasons}; "
+            f"{len(report['bad'])} frames are bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
             f"each is listed in {out / REPORT_FILE}. Mend the dataset, or allow more, and run again: "
-            "shards without bad frames are kept"
+            "what is good is kept"
         )
     tars = [
-        TarIndex(f"{name}.tar", split, [tuple(s) for s in reports[name]["sequences"]], np.load(work / f"{name}.npy"))
-        for split, name, _ in plan
-        if reports[name]["sequences"]
+        TarIndex(file=f"{name}.tar", rows=work / f"{name}.npy", **reports[name]["index"])
+        for name in names
+        if reports[name]["index"]
     ]
     if not tars:
-        raise PackError(f"no sequence has {options.min_frames} usable frames; see {out / REPORT_FILE} and --min-frames")
-    write_index(out, tars, source=description | {"plan": _digest(plan)}, options=stored)
+        shutil.rmtree(work)  # so that other options may be tried
+        raise PackError(
+            f"no sequence has {job['options']['min_frames']} usable frames; see {out / REPORT_FILE} and --min-frames"
+        )
+    write_index(out, tars, source=job["source"], options=job["options"])
     shutil.rmtree(work)
-    return _result(out, source.skipped)
 
 
 def _jobs(source: Source, options: PackOptions) -> Iterator[ShardJob]:
@@ -145,38 +226,54 @@ def _digest(plan: list[Any]) -> str:
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
-def _job_record(description: dict[str, Any], options: dict[str, Any], plan: list[Any]) -> dict[str, Any]:
-    return {"source": description | {"plan": _digest(plan)}, "options": options}
-
-
-def _already_packed(out: Path, description: dict[str, Any], options: dict[str, Any], plan: list[Any]) -> bool:
+def _already_packed(out: Path, job: dict[str, Any]) -> bool:
     """Whether `out` is complete. Raises PackError if it holds a pack of something else, or other files."""
-    wanted = _job_record(description, options, plan)
     for path in (out / DATASET_FILE, out / WORK_FOLDER / JOB_FILE):
         if path.is_file():
-            found = _read_record(path)
-            for key, what in (("options", "other options"), ("source", "another dataset")):
-                if found.get(key) != wanted[key]:
-                    raise PackError(f"{out}: holds shards of {what}; give another --out, or remove it first")
+            _check_same(out, _read_record(path), job)
             if path.name == DATASET_FILE and not _is_whole(out):
                 path.unlink()  # a file is missing or cut off: make the set again
                 return False
             return path.name == DATASET_FILE
     if out.exists() and not out.is_dir():
         raise PackError(f"{out}: expected a directory")
-    if out.is_dir() and any(path.name != WORK_FOLDER for path in out.iterdir()):
+    if out.is_dir() and any(path.name not in (WORK_FOLDER, REPORT_FILE) for path in out.iterdir()):
         raise PackError(f"{out}: not empty, and holds no shards; give another --out")
     return False
 
 
+def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises PackError, saying what differs, unless `out` holds, or will hold, what is wanted."""
+    advice = "give another --out, or remove it first"
+    if not found["options"]:
+        raise PackError(f"{out}: its index was rebuilt, and with what options it was packed is not known; {advice}")
+    other = [
+        f"{key} is {found['options'].get(key)} there and {value} here"
+        for key, value in wanted["options"].items()
+        if found["options"].get(key) != value
+    ]
+    if other:
+        raise PackError(f"{out}: holds shards of other options ({', '.join(other)}); {advice}")
+    if found["source"] != wanted["source"]:
+        raise PackError(f"{out}: holds shards of another dataset, or of more or fewer of its sequences; {advice}")
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        return read_dataset(path.read_bytes()) if path.name == DATASET_FILE else json.loads(path.read_bytes())
     except ValueError as error:
-        raise PackError(f"{path}: damaged ({error}); remove {path.parent} and pack again") from error
-    if not isinstance(found, dict):
-        raise PackError(f"{path}: expected a JSON object; is this a shard set?")
-    return found
+        raise PackError(f"{path}: damaged: {error}") from error
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Raises PackError if another process packs into the same directory. The system lifts the lock of a dead one."""
+    with (work / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PackError(f"{work.parent}: another pack is at work there") from error
+        yield
 
 
 def _is_whole(out: Path) -> bool:
@@ -192,33 +289,48 @@ def _run(
     out: Path,
     options: PackOptions,
     executor: Executor,
-    workers: int,
-    on_shard: Callable[[int], None],
+    parallel: int,
+    on_shard: Callable[[ShardDone], None],
+    most_bad: float,
 ) -> None:
-    """Make all shards that are not there yet, with a few more jobs submitted than there are workers."""
-    pending: dict[Future[None], int] = {}
+    """Make these shards until more than `most_bad` frames are bad.
+
+    A few more jobs are submitted than run at once: memory does not grow with the dataset.
+    """
+    pending: dict[Future[ShardDone], str] = {}
+    bad = 0
+
+    def take(all_but: int) -> None:
+        nonlocal bad
+        while len(pending) > all_but and bad <= most_bad:
+            for done in _collect(pending, out):
+                on_shard(done)
+                bad += done.bad
+
     try:
         for job in jobs:
-            frames = sum(s.annotated for s in job.sequences)
-            if _is_done(out, job.name):
-                on_shard(frames)
-                continue
-            pending[executor.submit(pack_shard, job, out, options)] = frames
-            while len(pending) > 2 * workers:
-                _collect(pending, on_shard)
-        while pending:
-            _collect(pending, on_shard)
+            pending[executor.submit(pack_shard, job, out, options)] = job.name
+            take(all_but=2 * parallel)
+            if bad > most_bad:
+                return
+        take(all_but=0)
     finally:
         for future in pending:
             future.cancel()
 
 
-def _collect(pending: dict[Future[None], int], on_shard: Callable[[int], None]) -> None:
-    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-    for future in done:
-        frames = pending.pop(future)
-        future.result()
-        on_shard(frames)
+def _collect(pending: dict[Future[ShardDone], str], out: Path) -> Iterator[ShardDone]:
+    """Wait for some of the shards, and take them off."""
+    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        name, result = pending.pop(future), future.result()
+        for _ in range(PATIENCE):
+            if _is_done(out, name):
+                break
+            os.listdir(out / WORK_FOLDER)  # a network file system may remember for a while that it was not there
+            time.sleep(1)
+        else:
+            raise PackError(f"{out}: {name} was made, but is not here: all workers must see the same directory")
+        yield result
 
 
 def _is_done(out: Path, name: str) -> bool:
@@ -226,51 +338,56 @@ def _is_done(out: Path, name: str) -> bool:
     report = out / WORK_FOLDER / f"{name}.json"
     if not report.is_file():
         return False
-    size = json.loads(report.read_bytes())["tar_size"]
+    index = json.loads(report.read_bytes())["index"]
     tar = out / f"{name}.tar"
-    return size is None or (tar.is_file() and tar.stat().st_size == size)
+    return index is None or (tar.is_file() and tar.stat().st_size == index["size"])
 
 
-def pack_shard(job: ShardJob, out: Path, options: PackOptions) -> None:
+def pack_shard(job: ShardJob, out: Path, options: PackOptions) -> ShardDone:
     """Make one shard: its tar in `out`, then its rows of the index, then its report. Runs in a worker."""
     cv2.setNumThreads(1)  # there is a worker a core
-    samples: list[dict[str, Any]] = []
     bad: list[tuple[str, str, str]] = []
     short: list[tuple[str, int]] = []
-    for sequence in job.sequences:
-        usable = []
-        bad += [(path, reason, "") for path, reason in sequence.bad]
-        for frame in sequence.frames:
-            try:
-                packed = pack_frame(frame, options)
-            except BadFrameError as error:
-                bad.append((frame.path, error.reason, error.detail))
-                continue
-            sample = {"__key__": member_key(sequence.category, sequence.name, frame.name), JPEG: packed.jpeg}
-            sample |= {META: packed.meta.to_json()} | ({} if packed.depth is None else {DEPTH: packed.depth})
-            usable.append(sample)
-        if len(usable) >= options.min_frames:
-            samples += usable
-        else:
-            short.append((f"{sequence.split}/{sequence.category}/{sequence.name}", len(usable)))
+    samples = chain.from_iterable(_samples(sequence, options, bad, short) for sequence in job.sequences)
+    index = None
+    first = next(samples, None)
+    if first is not None:
+        write_tar(out / f"{job.name}.tar", chain([first], samples))
+        made = index_file(out / f"{job.name}.tar", out / WORK_FOLDER)
+        index = {"size": made.size, "sha256": made.sha256, "sequences": made.sequences}
+    write_json(out / WORK_FOLDER / f"{job.name}.json", {"index": index, "bad": bad, "short": short})
+    annotated = sum(sequence.annotated for sequence in job.sequences)
+    return ShardDone(frames=annotated, bytes=index["size"] if index else 0, bad=len(bad))
 
-    work, tar = out / WORK_FOLDER, out / f"{job.name}.tar"
-    sequences, rows = [], None
-    if samples:
-        write_tar(tar, samples)
-        sequences, rows = index_tar(tar)
-        with atomic_file(work / f"{job.name}.npy") as file:
-            np.save(file, rows, allow_pickle=False)
-    report = {"tar_size": tar.stat().st_size if samples else None, "sequences": sequences, "bad": bad, "short": short}
-    write_json(work / f"{job.name}.json", report)
+
+def _samples(
+    sequence: Sequence, options: PackOptions, bad: list[tuple[str, str, str]], short: list[tuple[str, int]]
+) -> list[dict[str, Any]]:
+    """The WebDataset samples of a sequence, none if it is too short; what is left out goes to `bad` and `short`."""
+    samples = []
+    bad += [(path, reason, "") for path, reason in sequence.bad]
+    for frame in sequence.frames:
+        try:
+            packed = pack_frame(frame, options)
+        except BadFrameError as error:
+            bad.append((frame.path, error.reason, error.detail))
+            continue
+        sample = {"__key__": member_key(sequence.category, sequence.name, frame.name), JPEG: packed.jpeg}
+        sample |= {META: packed.meta.to_json()} | ({} if packed.depth is None else {DEPTH: packed.depth})
+        samples.append(sample)
+    if len(samples) >= options.min_frames:
+        return samples
+    short.append((f"{sequence.split}/{sequence.category}/{sequence.name}", len(samples)))
+    return []
 
 
 def _result(out: Path, skipped: int) -> PackResult:
-    dataset = json.loads((out / DATASET_FILE).read_bytes())
+    opened = shards.open(out)
     report = json.loads((out / REPORT_FILE).read_bytes())
     return PackResult(
-        splits=dataset["splits"],
-        bytes=sum(entry["size"] for entry in dataset["files"].values()),
+        splits=opened.dataset["splits"],
+        bytes=sum(entry["size"] for entry in opened.dataset["files"].values()),
+        without_depth=int((opened.frames["depth_size"] == 0).sum()),
         skipped=skipped,
         bad=[tuple(entry) for entry in report["bad"]],
         short=[tuple(entry) for entry in report["short"]],

@@ -1,4 +1,8 @@
-"""What a dataset must offer to be packed. Another dataset is one file with a class like prep.co3d.Co3D."""
+"""What a dataset must offer to be packed. Another dataset is one class like prep.co3d.Co3D, packed by
+
+with process_pool(8, ["prep.pack"]) as pool:  # prep.executors
+    pack(MyDataset("/data/mine"), Path("shards"), PackOptions(), pool, max_bad=0.02, parallel=8)  # prep.pack
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 
 
+class Camera(Protocol):
+    """A camera as the dataset writes it, such as those of prep.cameras."""
+
+    def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Extrinsics [3, 4], camera-from-world with OpenCV's axes, and intrinsics [3, 3] of an image of this size.
+
+        In pixels; (0, 0) is the centre of the top-left one.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Frame:
     """One image with its camera; files are read when the frame is packed, cameras are checked then."""
@@ -17,11 +32,11 @@ class Frame:
     name: str  # unique within its sequence
     path: str  # of the image within the dataset, for reports
     image: Path
+    size: tuple[int, int] | None  # height and width that the dataset says the image has
     depth: Path | None  # 16-bit PNG of half floats; None: camera only
     mask: Path | None  # 8-bit PNG, depth counts where > 128; None: everywhere
     depth_scale: float
-    extrinsics: np.ndarray  # [3, 4], camera-from-world, OpenCV axes
-    intrinsics: np.ndarray  # [3, 3], pixels of the image, (0, 0) the centre of its top-left pixel
+    camera: Camera
 
 
 @dataclass(frozen=True, kw_only=True)

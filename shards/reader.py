@@ -1,78 +1,125 @@
-"""Reading a shard set: the index by mmap, frames by pread of just their bytes, every byte checked."""
+"""Reading a shard set: the index by mmap, frames by reading just their bytes, every byte checked."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
-from collections import OrderedDict
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.schema import DATASET_FILE, FORMAT, FRAMES_FILE, SEQUENCES_FILE, VERSION, member_key, row_crc
+from shards.index import MEND, map_rows, read_dataset, sha256
+from shards.schema import (
+    DATASET_FILE,
+    FRAMES_FILE,
+    SEQUENCES_FILE,
+    frame_dtype,
+    member_key,
+    row_crc,
+    sequence_dtype,
+)
+from shards.storage import LocalStorage, Span, Storage, StorageError, storage_at
+from shards.writer import atomic_file
+
+MAX_WASTE = 1.05  # bytes read over bytes asked for, when the frames between are read in one request
 
 
 class DamagedMemberError(ValueError):
-    """A frame whose bytes are not those that were packed; says the tar and the key."""
+    """A frame whose bytes are not those that were packed; says the tar and the key. file: with its set's place."""
+
+    def __init__(self, file: str, problem: str, shard_set: ShardSet | str) -> None:
+        super().__init__(file, problem, str(shard_set))  # as pickle wants it
+        self.file, self.problem = f"{shard_set}/{file}", problem
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
 
 
-def open(path: str | Path) -> ShardSet:  # noqa: A001
-    """The shard set in directory `path`.
+def open(location: str | Path) -> ShardSet:  # noqa: A001
+    """The shard set in a directory or at a URL, whatever fsspec opens: s3://, gs://, hf://, http(s)://, memory://.
 
-    Raises ValueError if there is none, if it is of another version, or if a file's size is not the one in
-    dataset.json (a stale or truncated set).
+    The index of a remote set is kept in ~/.cache/vggt-shards, under its digest. Raises ValueError if there is no set,
+    if it is of another version, or if a file's size is not the one in dataset.json (a stale or truncated set);
+    StorageError if the storage cannot be reached or does not send ranges.
     """
-    root = Path(path)
-    dataset_file = root / DATASET_FILE
-    hint = "make one with: vggt-prep pack --co3d-dir ... --annotation-dir ... --out " + str(path)
-    if not root.is_dir():
-        raise ValueError(f"{path}: no such directory; {hint}")
-    if not dataset_file.is_file():
-        raise ValueError(f"{path}: holds no {DATASET_FILE}, so it is no finished shard set; {hint}")
+    storage = storage_at(location)
+    where = f"{str(location).rstrip('/')}/{DATASET_FILE}"
+    hint = "make one with: vggt-prep pack --co3d-dir ... --annotation-dir ... --out "
+    hint += str(location) if isinstance(storage, LocalStorage) else "DIRECTORY, and copy it there"
+    if isinstance(storage, LocalStorage) and not storage.root.is_dir():
+        raise ValueError(f"{location}: no such directory; {hint}")
     try:
-        dataset = json.loads(dataset_file.read_bytes())
-        found = (dataset["format"], dataset["version"])
-        files, tars = dataset["files"], tuple(dataset["tars"])
-        sizes = {name: int(entry["size"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{dataset_file}: not readable as the description of a shard set ({error!r})") from error
-    if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"{dataset_file}: expected {FORMAT} version {VERSION}, found {found[0]} {found[1]}; pack again"
-        )
-    for name, size in sizes.items():
-        actual = (root / name).stat().st_size if (root / name).is_file() else None
-        if actual != size:
-            state = "missing" if actual is None else f"{actual} bytes"
-            raise ValueError(f"{root / name}: {DATASET_FILE} says {size} bytes, found {state}; copy or pack it again")
-    return ShardSet(root=root, dataset=dataset, tars=tars)
+        data = storage.read(DATASET_FILE)
+    except FileNotFoundError as error:
+        raise ValueError(f"{location}: holds no {DATASET_FILE}, so it is no finished shard set; {hint}") from error
+    try:
+        dataset = read_dataset(data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    storage.read_spans([Span(DATASET_FILE, 0, 1)])  # finds a server without ranges before it sends a whole tar
+    files = dataset["files"]
+    for name, size in zip(files, storage.sizes(list(files)), strict=True):
+        if size != files[name]["size"]:
+            state = "is missing" if size is None else f"has {size} bytes, not {files[name]['size']}"
+            advice = MEND if name in (FRAMES_FILE, SEQUENCES_FILE) else "copy or pack it again"
+            raise ValueError(f"{storage}/{name}: {state} as {DATASET_FILE} says; {advice}")
+    return ShardSet(storage=storage, dataset=dataset)
 
 
 @dataclass(frozen=True)
 class ShardSet:
     """An opened shard set. Cheap to pickle: a worker process maps the index and opens the tars itself."""
 
-    root: Path
-    dataset: dict[str, Any]
-    tars: tuple[str, ...]
+    storage: Storage
+    dataset: dict[str, Any] = field(repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet, (self.root, self.dataset, self.tars)  # without the mapped arrays
+        return ShardSet, (self.storage, self.dataset)  # without the mapped arrays
+
+    def __str__(self) -> str:
+        return str(self.storage)
+
+    @property
+    def tars(self) -> list[str]:
+        return self.dataset["tars"]
 
     @cached_property
     def frames(self) -> np.ndarray:
-        """The rows of all frames (shards.schema.frame_dtype), mapped from disk."""
-        return np.load(self.root / FRAMES_FILE, mmap_mode="r", allow_pickle=False)
+        """The rows of all frames (shards.schema.frame_dtype), mapped from disk. Raises ValueError if damaged."""
+        rows = map_rows(self.index_path(FRAMES_FILE), frame_dtype, "name")
+        if len(rows) != int(self.sequences["count"].sum()):
+            raise ValueError(f"{self.storage}/{FRAMES_FILE}: has {len(rows)} rows, not what {SEQUENCES_FILE} counts")
+        return rows
 
     @cached_property
     def sequences(self) -> np.ndarray:
-        """The rows of all sequences (shards.schema.sequence_dtype), mapped from disk."""
-        return np.load(self.root / SEQUENCES_FILE, mmap_mode="r", allow_pickle=False)
+        """The rows of all sequences (shards.schema.sequence_dtype), mapped from disk. Raises ValueError if damaged."""
+        path = self.index_path(SEQUENCES_FILE)
+        if sha256(path) != self.dataset["files"][SEQUENCES_FILE]["sha256"]:  # small, and its rows have no CRC
+            raise ValueError(f"{path}: not the one that {DATASET_FILE} describes; {MEND}")
+        return map_rows(path, sequence_dtype, "category", "name")
+
+    def index_path(self, name: str) -> Path:
+        """Where a file of the index lies on this machine; that of a remote set is fetched once."""
+        if isinstance(self.storage, LocalStorage):
+            return self.storage.root / name
+        entry = self.dataset["files"][name]
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vggt-shards"
+        path = folder / entry["sha256"] / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = self.storage.read(name)
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise StorageError(f"{self.storage}/{name}: not the one that {DATASET_FILE} describes; copy it again")
+            with atomic_file(path) as file:
+                file.write(data)
+        return path
 
     @cached_property
     def digest(self) -> str:
@@ -81,43 +128,91 @@ class ShardSet:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def split(self, split: str) -> np.ndarray:
-        """The numbers of the sequences of "train" or "test" [n], in order."""
+        """The numbers of the sequences of "train" or "test" [n], in order. Raises ValueError if the set has none."""
+        if split not in self.dataset["splits"]:
+            raise ValueError(f"{self.storage}: has no {split} split, only {', '.join(self.dataset['splits'])}")
         return np.flatnonzero(self.sequences["split"] == split.encode())
 
-    def key(self, frame: int) -> str:
-        """The WebDataset key of a frame."""
+    def row(self, frame: int) -> np.void:
+        """The row of a frame, checked. Raises DamagedMemberError."""
         row = self.frames[frame]
+        if row_crc(row) != row["row_crc"]:
+            raise DamagedMemberError(FRAMES_FILE, f"row {frame} does not match its own CRC", self)
+        return row
+
+    def key(self, frame: int) -> str:
+        """The WebDataset key of a frame. Raises DamagedMemberError."""
+        row = self.row(frame)
         sequence = self.sequences[row["sequence"]]
         return member_key(*(bytes(name).decode() for name in (sequence["category"], sequence["name"], row["name"])))
 
     def read(self, frame: int) -> tuple[bytes, bytes | None]:
-        """The JPEG and the depth (None: camera only) of a frame, in one read. Raises DamagedMemberError."""
-        row = self.frames[frame]
-        if row_crc(row) != row["row_crc"]:
-            raise DamagedMemberError(f"{self.root / FRAMES_FILE}: row {frame} does not match its own CRC")
-        spans = [(int(row["jpg_offset"]), int(row["jpg_size"]))]
-        if row["depth_size"]:
-            spans.append((int(row["depth_offset"]), int(row["depth_size"])))
-        start = min(offset for offset, _ in spans)
-        end = max(offset + size for offset, size in spans)
-        tar = self.root / self.tars[row["tar"]]
-        block = os.pread(_descriptor(os.getpid(), tar), end - start, start)
-        parts = [block[offset - start : offset - start + size] for offset, size in spans]
-        for part, extension in zip(parts, ("jpg", "depth"), strict=False):
-            if zlib.crc32(part) != row[f"{extension}_crc"]:
-                raise DamagedMemberError(f"{tar}: the {extension} of {self.key(frame)} does not match its CRC")
+        """The JPEG and the depth (None: camera only) of a frame, as in read_many.
+
+        Raises DamagedMemberError if they are not the bytes that were packed, StorageError if they cannot be read.
+        """
+        return self.read_many([frame])[0]
+
+    def read_many(self, frames: Sequence[int]) -> list[tuple[bytes, bytes | None]]:
+        """The same for many frames, all or none, in as few requests as can be had for 5% more bytes."""
+        found = []
+        for members in self.try_read_many(frames):
+            if isinstance(members, DamagedMemberError):
+                raise members
+            found.append(members)
+        return found
+
+    def try_read_many(self, frames: Sequence[int]) -> list[tuple[bytes, bytes | None] | DamagedMemberError]:
+        """The same, with the error in its place where a frame is damaged. Raises StorageError."""
+        wanted = [self._members(frame) for frame in frames]
+        spans = merge_spans([m for members in wanted if not isinstance(members, DamagedMemberError) for m in members])
+        blocks = self.storage.read_spans(spans)
+        return [
+            members if isinstance(members, DamagedMemberError) else self._take(frame, members, spans, blocks)
+            for frame, members in zip(frames, wanted, strict=True)
+        ]
+
+    def _take(
+        self, frame: int, members: list[Span], spans: list[Span], blocks: list[bytes]
+    ) -> tuple[bytes, bytes | None] | DamagedMemberError:
+        """A frame's members out of the blocks that were read, checked."""
+        parts = []
+        for kind, member in zip(("jpg", "depth"), members, strict=False):
+            number = bisect_right(spans, (member.file, member.start + 1)) - 1  # the last that starts before it
+            start = member.start - spans[number].start
+            part = blocks[number][start : start + member.end - member.start]
+            if len(part) < member.end - member.start:
+                return DamagedMemberError(member.file, f"the {kind} of {self.key(frame)} is cut off", self)
+            if zlib.crc32(part) != self.frames[frame][f"{kind}_crc"]:
+                return DamagedMemberError(member.file, f"the {kind} of {self.key(frame)} does not match its CRC", self)
+            parts.append(part)
         return parts[0], parts[1] if len(parts) == 2 else None
 
+    def _members(self, frame: int) -> list[Span] | DamagedMemberError:
+        """Where the JPEG and, if there is one, the depth of a frame lie."""
+        try:
+            row = self.row(frame)
+        except DamagedMemberError as error:
+            return error
+        if row["tar"] >= len(self.tars):
+            return DamagedMemberError(FRAMES_FILE, f"row {frame} names a tar that is not there", self)
+        tar = self.tars[row["tar"]]
+        kinds = ("jpg", "depth") if row["depth_size"] else ("jpg",)
+        places = [(int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])) for kind in kinds]
+        return [Span(tar, offset, offset + size) for offset, size in places]
 
-MAX_OPEN_TARS = 128  # a process
-_descriptors: OrderedDict[tuple[int, Path], int] = OrderedDict()
 
-
-def _descriptor(process: int, path: Path) -> int:
-    """An open file of this process. Keyed by process: a descriptor inherited through fork is not trusted."""
-    if (process, path) not in _descriptors:
-        _descriptors[process, path] = os.open(path, os.O_RDONLY)
-        if len(_descriptors) > MAX_OPEN_TARS:
-            os.close(_descriptors.popitem(last=False)[1])
-    _descriptors.move_to_end((process, path))
-    return _descriptors[process, path]
+def merge_spans(spans: list[Span]) -> list[Span]:
+    """Fewer spans, sorted, that hold all of these and are at most MAX_WASTE times as many bytes."""
+    merged: list[Span] = []
+    wanted = 0  # bytes of the last one that were asked for
+    for span in sorted(set(spans)):
+        size = span.end - span.start
+        last = merged[-1] if merged else None
+        if last and last.file == span.file and span.end - last.start <= MAX_WASTE * (wanted + size):
+            merged[-1] = last._replace(end=span.end)
+            wanted += size
+        else:
+            merged.append(span)
+            wanted = size
+    return merged

@@ -15,7 +15,9 @@ DATASET_FILE = "dataset.json"
 FRAMES_FILE = "frames.npy"
 SEQUENCES_FILE = "sequences.npy"
 REPORT_FILE = "report.json"
+WORK_FOLDER = ".pack"  # in a set until its pack is complete
 SPLITS = ("train", "test")
+SELF_CRC, CRC_ZEROS = "self_crc32", "00000000"  # of JSON that states its own CRC
 
 JPEG, DEPTH, META = "jpg", "depth.zst", "json"  # the extensions of a frame's members
 
@@ -65,6 +67,12 @@ def row_crc(row: np.void) -> int:
     return zlib.crc32(row.tobytes()[:-4])
 
 
+def self_crc(data: bytes, stated: str) -> str:
+    """CRC-32 of a JSON object's bytes as 8 hex digits, taken with zeros in place of those that it states itself."""
+    entry = f'"{SELF_CRC}": "%s"'
+    return f"{zlib.crc32(data.replace((entry % stated).encode(), (entry % CRC_ZEROS).encode(), 1)):08x}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrameMeta:
     """The JSON member of a frame: all that its row of the index says but where the bytes lie."""
@@ -88,14 +96,25 @@ class FrameMeta:
             "depth_scale": self.depth_scale,
             "source": self.source,
             "crc32": crc32,
+            SELF_CRC: CRC_ZEROS,
         }
+        fields[SELF_CRC] = self_crc(self._encoded(fields), CRC_ZEROS)
+        return self._encoded(fields)
+
+    @staticmethod
+    def _encoded(fields: dict[str, Any]) -> bytes:
         return json.dumps(fields, sort_keys=True, allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> FrameMeta:
-        """Raises ValueError if a field is missing or of another type."""
+        """Raises ValueError if it is damaged, or a field is missing or of another type."""
         try:
             fields: dict[str, Any] = json.loads(data)
+            if self_crc(data, fields[SELF_CRC]) != fields[SELF_CRC]:
+                raise ValueError("does not match its own CRC")
+            numbers = (int(fields["height"]), int(fields["width"]), float(fields["depth_scale"]))
+            if not all(0 < number < 2**31 for number in numbers):
+                raise ValueError("height, width and depth_scale: expected positive numbers")
             return cls(
                 extrinsics=np.array(fields["extrinsics"], dtype=np.float64).reshape(3, 4),
                 intrinsics=np.array(fields["intrinsics"], dtype=np.float64).reshape(3, 3),
@@ -106,7 +125,7 @@ class FrameMeta:
                 jpg_crc=int(fields["crc32"][JPEG]),
                 depth_crc=fields["crc32"].get(DEPTH),
             )
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, OverflowError) as error:
             raise ValueError(f"not a frame's JSON member: {error!r}") from error
 
 

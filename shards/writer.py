@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
+from uuid import uuid4
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name only when whole and on disk; an exception leaves nothing behind."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")  # another process may be making the same file
     try:
         with temporary.open("wb") as file:
             yield file
@@ -21,11 +25,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except BaseException as error:
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):  # not of this file
+            raise
+        full = ", is the disk full?" if error.errno in FULL else ""
+        raise OSError(f"{path}: cannot be written{full} ({error.strerror})") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 def _sync_folder(path: Path) -> None:
@@ -36,9 +42,13 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+        file.write(json_bytes(value))
 
 
 def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:

@@ -41,6 +41,13 @@ def test_what_is_written_down_reads_back(tmp_path):
     assert load_config(tmp_path / "config.yaml", []) == config
 
 
+def test_several_shard_sets_have_paths_and_weights(tmp_path):
+    config = load_config(CONFIGS / "demo.yaml", ["data.shards=[{path: a, weight: 2}, {path: b}]"])
+    assert [(source.path, source.weight) for source in config.data.sources] == [("a", 2.0), ("b", 1.0)]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert load_config(tmp_path / "config.yaml", []) == config
+
+
 def test_configurations_are_frozen():
     config = load_config(CONFIGS / "demo.yaml", [])
     for part in (config, config.data, config.model, config.loss, config.optim, config.checkpoint):
@@ -69,6 +76,10 @@ WRONG = {
     "data.views=[2, 49]": "max_img_per_gpu: 48 is less than the 49 views",
     "data.aspect=[0, 1]": "data.aspect: expected [least, most]",
     "data.width=500": "data.width: expected a multiple of 14 pixels, found 500",
+    "data.shards=[{path: a, weight: 0}]": "data.shards[0].weight: expected more than 0",
+    "data.shards=[{pth: a}]": "data.shards[0].pth: no such key; the nearest is data.shards[0].path",
+    "data.shards=[{weight: 2}]": "data.shards[0].path: not given",
+    "data.shards=3": "data.shards: expected str, found 3",
     "data.workers=-1": "data.workers: expected 0 or more",
     "data.max_bad=2": "data.max_bad: expected a share",
     "data.sampling=unifrom": "data.sampling: expected one of uniform, nearby, found 'unifrom'; the nearest is uniform",

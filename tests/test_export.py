@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from conftest import run_command
@@ -10,6 +12,9 @@ from test_train import SMALL
 
 from vggt import VGGT, preset
 from vggt.weights import read_checkpoint
+
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,31 @@ def test_export_refuses_an_init_that_the_run_did_not_start_from(run, published, 
     assert "depth_head." in done.stderr
     assert "did not start from it" in done.stderr
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_export_refuses_an_init_with_other_frozen_weights(run, published, tmp_path):
+    name = "aggregator.frame_blocks.0.attn.qkv.weight"
+    torch.save(published | {name: published[name] + 1}, tmp_path / "other.pt")
+    done = export(run, tmp_path / "out.pt", "--init", tmp_path / "other.pt")
+    assert done.returncode == 1
+    assert f"{name} is frozen, but has other values" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_a_single_file_says_of_which_model_it_is(run, tmp_path, name):
+    assert export(run, tmp_path / name).returncode == 0
+    assert VGGT.from_pretrained(tmp_path / name).config.embed_dim == preset("tiny").embed_dim
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~UMASK
+
+
+def test_export_does_not_overwrite_what_it_reads(run):
+    for path in (run / "run/checkpoints/latest", run / "init.pt"):
+        before = path.read_bytes()
+        file = path if path.suffix else path.resolve()
+        done = export(run, file)
+        assert done.returncode == 1
+        assert "is what is to be exported" in done.stderr
+        assert path.read_bytes() == before
 
 
 def test_export_refuses_what_is_no_checkpoint_of_the_trainer(run, tmp_path):

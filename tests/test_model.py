@@ -268,7 +268,7 @@ GOOD = torch.full((2, 3, 28, 42), 0.5)
         (torch.rand(0, 3, 28, 28), r"images: expected at least one scene of one view, found \[1, 0, 3, 28, 28\]"),
         (torch.rand(2, 3, 0, 28), "images: expected at least one"),
         ((GOOD * 255).byte(), r"images: expected floating-point values in \[0, 1\], found torch.uint8: divide by 255"),
-        (GOOD * 255, r"images \[1, 2, 3, 28, 42\]: expected values in \[0, 1\]; divide bytes by 255"),
+        (GOOD * 255, r"images \[1, 2, 3, 28, 42\]: expected values in \[0, 1\], found 128 to 128; divide bytes by 255"),
         (GOOD - 1, "expected values in"),
         (GOOD * torch.nan, "expected values in"),
     ],
@@ -288,7 +288,7 @@ def test_images_that_cannot_be_are_refused_by_name(weights, images, message):
         (torch.zeros(5, 2).long(), "query_points: expected floating-point pixels, found torch.int64"),
         (
             torch.tensor([[41.5, 3]]),
-            r"query_points \[1, 1, 2\]: expected \(x, y\) in pixels inside view 0, up to \(41, 27\)",
+            r"query_points \[1, 1, 2\]: expected \(x, y\) in pixels inside view 0, .* to \(41, 27\), found \(41.5, 3\)",
         ),
         (torch.tensor([[3, -1.0]]), "inside view 0"),
         (torch.tensor([[3, torch.nan]]), "inside view 0"),

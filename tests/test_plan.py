@@ -8,17 +8,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.plan import DataConfig, DataState, advance, image_height, plan_step, step_shape, validation_plan
+from train.plan import DataConfig, DataState, ShardSource, TrainingPlan, image_height, validation_plan
 
 LENGTHS = np.array([30, 24, 100, 5, 202, 60, 25, 31, 48, 77, 90])
 
 
-def walk(config, steps, *, rank=0, world_size=1, state=None, seed=3, max_img=48):
-    state = state or DataState()
+MIXED = DataConfig(shards=(ShardSource(path="a", weight=3), ShardSource(path="b", weight=1)))
+
+
+def make_plan(config, *, lengths=(LENGTHS,), seed=3, max_img=48, world_size=1):
+    return TrainingPlan(config=config, lengths=lengths, seed=seed, max_img_per_gpu=max_img, world_size=world_size)
+
+
+def walk(config, steps, *, rank=0, state=None, **options):
+    plan = make_plan(config, **options)
+    state = state or plan.start()
     out = []
     for _ in range(steps):
-        step = plan_step(config, LENGTHS, seed, state, max_img_per_gpu=max_img, rank=rank, world_size=world_size)
-        assert step.after == advance(config, seed, state, max_img_per_gpu=max_img, world_size=world_size)
+        step = plan.step(state, rank)
+        assert step.after == plan.after(state)
         out.append(step)
         state = step.after
     return out
@@ -33,7 +41,7 @@ def test_ranks_are_disjoint_and_complete_and_of_one_shape(world_size):
         assert len({step.after for step in steps}) == 1
     stream = [scene.sequence for steps in zip(*ranks, strict=True) for step in steps for scene in step.scenes]
     n = len(LENGTHS)
-    for start in range(0, len(stream) - n, n):
+    for start in range(0, len(stream) - n + 1, n):
         assert sorted(stream[start : start + n]) == list(range(n))  # exactly once a pass
 
 
@@ -44,13 +52,51 @@ def test_the_stream_is_the_same_for_any_world_that_takes_as_many_scenes():
     assert [s.scenes for s in one] == [tuple(x for r in four for x in r[i].scenes) for i in range(10)]
 
 
+@pytest.mark.parametrize("sequences", [1, 3, 11])
+def test_each_pass_has_each_sequence_once_also_when_a_step_needs_more_than_there_are(sequences):
+    config = DataConfig(views=(2, 2))  # 24 scenes a rank
+    steps = [walk(config, 6, rank=r, world_size=2, lengths=(LENGTHS[:sequences],)) for r in range(2)]
+    stream = [scene.sequence for both in zip(*steps, strict=True) for step in both for scene in step.scenes]
+    for start in range(0, len(stream) - sequences + 1, sequences):
+        assert sorted(stream[start : start + sequences]) == list(range(sequences))
+
+
+@pytest.mark.parametrize("changes", [(1, 2, 1), (1, 4, 2), (3, 1, 8)])
+def test_a_run_that_changes_its_ranks_loses_and_repeats_nothing(changes):
+    state, stream = None, []
+    for world_size in changes:
+        ranks = [walk(DataConfig(), 7, rank=r, world_size=world_size, state=state) for r in range(world_size)]
+        stream += [s.sequence for steps in zip(*ranks, strict=True) for step in steps for s in step.scenes]
+        state = ranks[0][-1].after
+    assert state.positions == (len(stream),)
+    n = len(LENGTHS)
+    for start in range(0, len(stream) - n + 1, n):
+        assert sorted(stream[start : start + n]) == list(range(n))
+
+
+def test_shard_sets_are_mixed_by_weight_and_each_passes_evenly():
+    lengths = (LENGTHS, LENGTHS[:4])
+    ranks = [walk(MIXED, 150, rank=r, world_size=2, lengths=lengths) for r in range(2)]
+    scenes = [scene for both in zip(*ranks, strict=True) for step in both for scene in step.scenes]
+    share = np.mean([scene.source == 0 for scene in scenes])
+    assert 0.72 < share < 0.78
+    for source, n in enumerate(map(len, lengths)):
+        stream = [scene.sequence for scene in scenes if scene.source == source]
+        for start in range(0, len(stream) - n + 1, n):
+            assert sorted(stream[start : start + n]) == list(range(n))
+    assert ranks[0][-1].after.positions == tuple(sum(s.source == i for s in scenes) for i in range(2))
+
+
 @given(st.integers(0, 60))
 @settings(max_examples=30, deadline=None)
 def test_any_position_restores_at_once(stop):
-    steps = walk(DataConfig(), 61)
-    state = DataState() if stop == 0 else steps[stop - 1].after
-    state = DataState(**json.loads(json.dumps(vars(state))))  # as a checkpoint keeps it
-    assert walk(DataConfig(), 61 - stop, state=state) == steps[stop:]
+    lengths = (LENGTHS, LENGTHS[:4])
+    steps = walk(MIXED, 61, lengths=lengths)
+    state = make_plan(MIXED, lengths=lengths).start() if stop == 0 else steps[stop - 1].after
+    kept = json.loads(json.dumps(vars(state)))  # as a checkpoint keeps it
+    assert (
+        walk(MIXED, 61 - stop, lengths=lengths, state=DataState(kept["step"], tuple(kept["positions"]))) == steps[stop:]
+    )
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "nearby"])
@@ -77,7 +123,7 @@ def test_nearby_views_lie_in_a_window_around_the_first():
 
 def test_steps_vary_in_shape_and_stay_within_the_budget():
     config = DataConfig()
-    shapes = [step_shape(config, 0, i) for i in range(500)]
+    shapes = [make_plan(config).shape(i) for i in range(500)]
     assert set(Counter(s.views for s in shapes)) == set(range(2, 25))
     assert {s.width for s in shapes} == {518}
     assert all(s.height % 14 == 0 and 0.33 * 518 - 14 < s.height <= 518 for s in shapes)
@@ -95,11 +141,13 @@ def test_seeds_and_positions_change_what_is_drawn():
 
 def test_validation_is_always_the_same_and_shared_out_among_ranks():
     config = DataConfig(val_scenes=7, val_views=4)
-    whole = validation_plan(config, LENGTHS, 0, 1)
-    assert whole == validation_plan(config, LENGTHS, 0, 1)
+    whole = validation_plan(config, (LENGTHS,), 0, 1)
+    assert whole == validation_plan(config, (LENGTHS,), 0, 1)
     assert len({step.scenes[0].sequence for step in whole}) == 7
-    parts = [validation_plan(config, LENGTHS, rank, 3) for rank in range(3)]
+    parts = [validation_plan(config, (LENGTHS,), rank, 3) for rank in range(3)]
     assert sorted(s.scenes[0].sequence for p in parts for s in p) == sorted(s.scenes[0].sequence for s in whole)
+    both = validation_plan(config, (LENGTHS, LENGTHS[:4]), 0, 1)
+    assert {step.scenes[0].source for step in both} == {0, 1}
     for step in whole:
         assert step.scenes[0].seed is None
         assert len(set(step.scenes[0].frames)) == 4

@@ -139,7 +139,7 @@ def test_the_command_writes_a_scene_and_says_what_it_holds(tmp_path, checkpoint)
     out = tmp_path / "new" / "scene.glb"
     done = run_command("python", "-m", "vggt", photographs, "--checkpoint", checkpoint, "--out", out, "--keep", 0.25)
     assert done.returncode == 0, done.stderr
-    assert "3 images, seen as 70x42" in done.stdout
+    assert "3 images, cut to 70x42" in done.stdout
     assert f"{out}: {round(0.25 * 3 * 70 * 42):,} points, 3 cameras" in done.stdout
     assert trimesh.load(out).geometry
 

@@ -129,11 +129,11 @@ def damage_version(path):
     [
         (shutil.rmtree, "no such directory"),
         (lambda p: (p / "dataset.json").unlink(), "no finished shard set"),
-        (lambda p: (p / "dataset.json").write_text("{"), "not readable as the description"),
-        (lambda p: (p / "dataset.json").write_text("[]"), "not readable as the description"),
+        (lambda p: (p / "dataset.json").write_text("{"), "not the description of a shard set"),
+        (lambda p: (p / "dataset.json").write_text("[]"), "not the description of a shard set"),
         (damage_version, "expected vggt-shards version 1, found vggt-shards 2"),
-        (lambda p: (p / "train-000000.tar").unlink(), "train-000000.tar: .* missing"),
-        (lambda p: (p / "frames.npy").write_bytes(b"short"), "frames.npy: .* found 5 bytes"),
+        (lambda p: (p / "train-000000.tar").unlink(), "train-000000.tar: is missing"),
+        (lambda p: (p / "frames.npy").write_bytes(b"short"), "frames.npy: has 5 bytes, not .* vggt-prep index"),
     ],
 )
 def test_a_set_that_is_not_whole_is_refused(shard_dir, tmp_path, damage, message):

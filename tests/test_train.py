@@ -13,8 +13,10 @@ import cv2
 import pytest
 import torch
 import yaml
-from conftest import BIN, ROOT, run_command
+from conftest import BIN, ROOT, run_command, vggt_prep
 from golden_figures import golden_weights, load_json
+
+import shards
 
 # Four steps an epoch of the smallest model on small images; every step is a checkpoint.
 SMALL = [
@@ -239,6 +241,45 @@ def test_bad_input_gets_one_clear_line_and_leaves_nothing(shard_dir, published, 
     assert done.stderr.count("Error:") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_captures_without_depth_pack_and_train_cameras(captures, tmp_path):
+    """A loss of rotation and field of view only: without depth nothing says how large the scenes are."""
+    shutil.copytree(captures, tmp_path / "captures")
+    for folder in (tmp_path / "captures" / "co3d").glob("*/*/depths"):
+        shutil.rmtree(folder)
+    source = ("--co3d-dir", tmp_path / "captures/co3d", "--annotation-dir", tmp_path / "captures/annotations")
+    packed = vggt_prep("pack", *source, "--out", tmp_path / "set", "--short-side", 60)
+    assert packed.returncode == 0, packed.stderr
+    done = run_trainer(tmp_path / "set", tmp_path / "run", *SCRATCH, "max_steps=2")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["split"] == "train"]
+    assert len(steps) == 2
+    assert all(line["loss_camera"] > 0 and line["loss_objective"] > 0 for line in steps)
+    assert all(not line.get("loss_depth") for line in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "stops"), [(0.2, True), (0.01, False)])
+def test_too_many_damaged_frames_stop_the_run_and_few_are_reported(shard_dir, tmp_path, share, stops):
+    shutil.copytree(shard_dir, tmp_path / "set")
+    opened = shards.open(tmp_path / "set")
+    frames = range(0, 7 * 24, round(1 / share))
+    for frame in frames:
+        tar = tmp_path / "set" / opened.tars[opened.frames[frame]["tar"]]
+        data = bytearray(tar.read_bytes())
+        data[int(opened.frames[frame]["jpg_offset"]) + 30] ^= 1
+        tar.write_bytes(data)
+    settings = ("max_steps=60", "data.max_bad=0.05", "checkpoint.every=100", "data.width=28")
+    done = run_trainer(tmp_path / "set", tmp_path / "run", *SCRATCH, *settings)
+    if stops:
+        assert done.returncode == 1
+        assert "frames read are damaged, more than data.max_bad=0.05" in done.stderr
+        assert f"{tmp_path}/set/train-00000" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "frames were damaged and replaced: " in done.stdout
 
 
 def test_another_run_in_the_same_place_is_refused(shard_dir, whole_run, tmp_path):

@@ -102,4 +102,5 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this trainer ({type(error).__name__})") from error
+        what = "truncated, or not a checkpoint of this trainer"
+        raise ValueError(f"{path}: {what} ({type(error).__name__})") from error

@@ -144,6 +144,10 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
             raise ValueError(f"{prefix}{key}: no such key; the nearest is {prefix}{near[0]}")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # neither: both are MISSING
+    for key in required:
+        if key not in values:
+            raise ValueError(f"{prefix}{key}: not given")
     arguments = {key: _convert(types_of[key], value, f"{prefix}{key}") for key, value in values.items()}
     try:
         return cls(**arguments)
@@ -161,7 +165,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, name)
+        given = list if isinstance(value, list) else dict if isinstance(value, dict) else None
+        kinds = [a for a in arguments if a is not type(None)]
+        fits = [a for a in kinds if (get_origin(a) is tuple) == (given is list)]
+        return _convert((fits or kinds)[0], value, name)
     if origin is Literal:
         if value not in arguments:
             near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.0)[0]

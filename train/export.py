@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from train.checkpoint import load
 from train.optim import freeze
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
-from vggt.weights import read_checkpoint, write_file, write_folder
+from vggt.weights import FILE_SUFFIXES, read_checkpoint, write_file, write_folder
 
 
 def main() -> None:
@@ -33,30 +34,30 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        state, config, trained = export(arguments.checkpoint, arguments.init)
-        if arguments.out.suffix in (".pt", ".safetensors"):
-            write_file(arguments.out, state)
-        else:
-            write_folder(arguments.out, state, config)
+        state, config, trained = export(arguments.checkpoint, arguments.out, arguments.init)
+        write(arguments.out, state, config)
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
     print(f"{arguments.out}: {len(state):,} tensors, {trained:,} of them trained")
 
 
-def export(checkpoint: Path, init: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """The tensors to write, of the shapes they have in `init`; the model's configuration; how many were trained.
 
-    init: instead of the one that the run's configuration names. A run from scratch has none: all of it is written.
-    Raises ValueError if a trained tensor is not in `init`, or has another shape there.
+    out: where they will go, neither of what is read. init: instead of the one that the run's configuration names. A
+    run from scratch has none: all of it is written. Raises ValueError if the run did not start from `init`.
     """
-    if not checkpoint.exists():
+    if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: no such file; expected a checkpoint of the trainer, OUT/checkpoints/latest")
     saved = load(checkpoint)
     missing = {"model", "model_config", "config"} - set(saved)
     if missing:
         raise ValueError(f"{checkpoint}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
     config, init = saved["model_config"], init or saved["config"]["init"]
+    read = [path for path in (checkpoint, init) if path is not None and Path(path).exists()]
+    if out.exists() and any(out.samefile(path) for path in read):
+        raise ValueError(f"{out}: is what is to be exported; give another --out")
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:
         return saved["model"], config, len(trained)
@@ -64,9 +65,22 @@ def export(checkpoint: Path, init: str | None = None) -> tuple[dict[str, Tensor]
     for name in trained:
         if name not in base or base[name].shape != saved["model"][name].shape:
             raise ValueError(f"{init}: {name} is not there, or has another shape: {checkpoint} did not start from it")
+    for name, value in saved["model"].items():
+        # Held in bf16, they are rounded.
+        if name not in trained and not (name in base and torch.equal(base[name].to(value.dtype), value)):
+            raise ValueError(f"{init}: {name} is frozen, but has other values: {checkpoint} did not start from it")
     state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
     heads = [head for head in HEADS if any(name.startswith(f"{head}_head.") for name in base)]
     return state, config | {"heads": heads}, len(trained)
+
+
+def write(out: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """To a file or, with a config.json, to a folder."""
+    if out.suffix not in FILE_SUFFIXES:
+        write_folder(out, state, config)
+        return
+    sizes = replace(VGGTConfig.from_dict(config), heads=HEADS, head_chunk=VGGTConfig.head_chunk)
+    write_file(out, state, None if sizes == VGGTConfig() else config)  # the published sizes go without saying
 
 
 def trained_names(model_config: Mapping[str, Any], freeze_patterns: list[str]) -> set[str]:

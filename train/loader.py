@@ -8,17 +8,22 @@ A batch is a dict; B = scenes, S = views:
     colour      float32 [B, S, 9], the colour jitter of each view (train.augment)
     keys        list of B lists of S WebDataset keys
     after       DataState once this batch is used
-    bad         frames that were damaged and replaced; tried: frames that were read for that
+    bad         frames that were damaged and replaced, {file: how many}; tried: frames that were read for that
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
 import signal
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import forkserver
 from typing import Any
 
@@ -28,11 +33,12 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from shards import DamagedMemberError, ShardSet
+from shards import DamagedMemberError, ShardSet, StorageError
 from shards.codecs import decode_depth, decode_jpeg
 from shards.pixels import nearest
+from shards.schema import FRAMES_FILE
 from train.augment import draw_colour, no_colour
-from train.plan import DataConfig, DataState, Scene, Step, StepShape, advance, plan_step
+from train.plan import DataState, Scene, Step, StepShape, TrainingPlan
 
 log = logging.getLogger(__name__)
 
@@ -40,111 +46,172 @@ CROP_RANGE = (0.8, 1.2)  # of each side, at most 1
 MARGIN_PIXELS = 4
 MARGIN_SHARE = 0.3  # of the longer target side, the most of a triangular distribution
 MAX_WORKERS = 8
+_CROP, _COLOUR = 1, 2  # uses of a scene's seed; not 0, which a seed sequence cannot tell from nothing
+MAX_DAMAGED = 200  # frames of a scene: beyond that there is no point in looking for others
+NEVER = 10**9  # batches: what StatefulDataLoader would remember of its workers is not needed
+MAX_DEATHS = 3  # of workers, without a batch in between
+
+Arrays = dict[str, np.ndarray]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Split:
-    """The sequences of one split of a shard set, numbered from 0."""
+    """The sequences of one split of some shard sets: their first rows and lengths, numbered from 0 within each set."""
 
-    def __init__(self, shard_set: ShardSet, split: str) -> None:
-        rows = shard_set.sequences[shard_set.split(split)]
-        if not len(rows):
-            has = ", ".join(shard_set.dataset["splits"])
-            raise ValueError(
-                f"{shard_set.root}: has no {split} split, only {has}; see data.train_split, data.val_split"
-            )
-        self.shard_set = shard_set
-        self.first = rows["first"].astype(np.int64)
-        self.lengths = rows["count"].astype(np.int64)
-
-
-def load_step(split: Split, step: Step) -> dict[str, Any]:
-    """Read and stack a step's scenes. Raises DamagedMemberError if nothing of the split can be read."""
-    scenes = [load_scene(split, scene, step.shape) for scene in step.scenes]
-    batch: dict[str, Any] = {
-        name: torch.from_numpy(np.stack([scene[name] for scene in scenes]))
-        for name in ("images", "depth", "depth_scale", "extrinsics", "intrinsics", "colour")
-    }
-    batch["keys"] = [scene["keys"] for scene in scenes]
-    batch["bad"] = sum(scene["bad"] for scene in scenes)
-    batch["tried"] = sum(scene["tried"] for scene in scenes)
-    batch["after"] = step.after
-    return batch
+    def __init__(self, shard_sets: Sequence[ShardSet], split: str) -> None:
+        self.shard_sets = tuple(shard_sets)
+        rows = [shard_set.sequences[shard_set.split(split)] for shard_set in shard_sets]
+        for shard_set, part in zip(shard_sets, rows, strict=True):
+            if not len(part):
+                has = ", ".join(shard_set.dataset["splits"])
+                raise ValueError(f"{shard_set}: has no {split} split, only {has}; see data.train_split, data.val_split")
+        self.first = tuple(part["first"].astype(np.int64) for part in rows)
+        self.lengths = tuple(part["count"].astype(np.int64) for part in rows)
+        for shard_set in shard_sets:
+            len(shard_set.frames)  # a remote index is fetched once, here, and a damaged one is an error now
 
 
-def load_scene(split: Split, scene: Scene, shape: StepShape) -> dict[str, Any]:
-    """One scene as numpy arrays without the batch axis.
+Members = tuple[bytes, bytes | None] | DamagedMemberError  # JPEG and depth of a frame, or why there are none
 
-    A frame that cannot be read gives way to another of its sequence, a sequence without any to the next one, by
-    rules that depend on the scene alone, so they are the same under any workers and ranks. Raises DamagedMemberError
-    if no frame of any sequence can be read.
+
+def read_step(split: Split, step: Step) -> list[list[Members]]:
+    """The members of each scene's frames, read in as few requests as possible. Raises StorageError."""
+    members: list[list[Members]] = [[] for _ in step.scenes]
+    for source, shard_set in enumerate(split.shard_sets):
+        places = [i for i, scene in enumerate(step.scenes) if scene.source == source]
+        frames = [frame_rows(split, step.scenes[i]) for i in places]
+        found = iter(shard_set.try_read_many([frame for part in frames for frame in part]))
+        for i, part in zip(places, frames, strict=True):
+            members[i] = [next(found) for _ in part]
+    return members
+
+
+def frame_rows(split: Split, scene: Scene) -> list[int]:
+    """The rows of a scene's frames in the index of its shard set."""
+    return [int(split.first[scene.source][scene.sequence]) + frame for frame in scene.frames]
+
+
+def load_step(split: Split, step: Step, members: list[list[Members]] | None = None) -> dict[str, Any]:
+    """Decode a step's scenes into a batch; members: what read_step gave, if it has been called.
+
+    Raises DamagedMemberError if no frame of a set can be used, StorageError if it cannot be reached.
     """
-    bad, tried = 0, 0
-    for sequence in range(scene.sequence, scene.sequence + len(split.lengths)):
-        sequence %= len(split.lengths)
-        wanted = [frame % int(split.lengths[sequence]) for frame in scene.frames]
-        rng = None if scene.seed is None else np.random.default_rng(scene.seed)
-        views, missed = _load_views(split, sequence, wanted, shape, rng)
-        bad, tried = bad + missed, tried + missed + len(views)
-        if views:
-            break
-    else:
-        raise DamagedMemberError(f"{split.shard_set.root}: no frame can be read; pack it again")
-    # Where too few are left, views repeat, as in a sequence that is too short.
-    views = [views[i % len(views)] for i in range(len(scene.frames))]
-    stacked: dict[str, Any] = {
-        name: np.stack([view[name] for view in views])
-        for name in ("images", "depth", "depth_scale", "extrinsics", "intrinsics")
+    members = members or read_step(split, step)
+    # Every view is written where it belongs: fresh memory costs more than decoding does if it is copied twice.
+    arrays = empty_arrays(len(step.scenes), step.shape)
+    keys, bad, tried = [], Counter[str](), 0
+    for i, (scene, part) in enumerate(zip(step.scenes, members, strict=True)):
+        out = {name: array[i] for name, array in arrays.items()}
+        found, missed = load_scene(split, scene, step.shape, part, out)
+        keys.append(found)
+        bad += missed
+        tried += len(set(found)) + missed.total()
+    batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return batch | {"keys": keys, "bad": dict(bad), "tried": tried, "after": step.after}
+
+
+def empty_arrays(scenes: int, shape: StepShape) -> Arrays:
+    """The arrays of a batch, to be filled."""
+    views, pixels = (scenes, shape.views), (shape.height, shape.width)
+    return {
+        "images": np.empty((*views, 3, *pixels), np.uint8),
+        "depth": np.empty((*views, *pixels), np.float16),
+        "depth_scale": np.empty(views, np.float32),
+        "extrinsics": np.empty((*views, 3, 4), np.float64),
+        "intrinsics": np.empty((*views, 3, 3), np.float64),
+        "colour": np.empty((*views, 9), np.float32),
     }
-    stacked["colour"] = no_colour(len(views)) if rng is None else draw_colour(rng, len(views))
-    return stacked | {"keys": [view["key"] for view in views], "bad": bad, "tried": tried}
+
+
+def load_scene(
+    split: Split, scene: Scene, shape: StepShape, members: list[Members], out: Arrays
+) -> tuple[list[str], Counter[str]]:
+    """Fill `out`, arrays without the scenes' axis, with a scene; members: those of its frames.
+
+    Returns the keys of its views, and how many frames were damaged, by file. Such a frame gives way to another of its
+    sequence, a sequence without any to the next one, by rules that depend on the scene alone, so they are the same
+    under any workers and ranks. Raises DamagedMemberError if no frame of any sequence can be used.
+    """
+    lengths, shard_set = split.lengths[scene.source], split.shard_sets[scene.source]
+    keys, bad = _load_views(split, scene, shape, members, out)
+    for other in range(scene.sequence + 1, scene.sequence + len(lengths)):
+        if keys or bad.total() > MAX_DAMAGED:
+            break
+        other %= len(lengths)
+        wanted = tuple(frame % int(lengths[other]) for frame in scene.frames)
+        scene = replace(scene, sequence=other, frames=wanted)
+        members = shard_set.try_read_many(frame_rows(split, scene))
+        keys, missed = _load_views(split, scene, shape, members, out)
+        bad += missed
+    if not keys:
+        raise DamagedMemberError(FRAMES_FILE, "none of its frames can be used; pack it again", shard_set)
+    found = len(keys)
+    for place in range(found, shape.views):  # where too few are left, views repeat, as in too short a sequence
+        keys.append(keys[place % found])
+        for array in out.values():
+            array[place] = array[place % found]
+    if scene.seed is None:
+        out["colour"][:] = no_colour(shape.views)
+    else:
+        out["colour"][:] = draw_colour(np.random.default_rng((scene.seed, _COLOUR)), shape.views)
+    return keys, bad
 
 
 def _load_views(
-    split: Split, sequence: int, wanted: list[int], shape: StepShape, rng: np.random.Generator | None
-) -> tuple[list[dict[str, Any]], int]:
-    """The wanted frames of a sequence, or others in their place; and how many could not be read."""
-    order = np.random.default_rng((sequence, *wanted)).permutation(int(split.lengths[sequence]))
-    substitutes = iter([int(i) for i in order if i not in wanted])
-    views: list[dict[str, Any]] = []
-    bad = 0
-    for first_choice in wanted:
+    split: Split, scene: Scene, shape: StepShape, members: list[Members], out: Arrays
+) -> tuple[list[str], Counter[str]]:
+    """Fill `out` with the frames of a scene, or others of its sequence in their place; as many as there are."""
+    shard_set, first = split.shard_sets[scene.source], int(split.first[scene.source][scene.sequence])
+    length = int(split.lengths[scene.source][scene.sequence])
+    order = np.random.default_rng((scene.sequence, *scene.frames)).permutation(length)
+    substitutes = iter([int(i) for i in order if i not in scene.frames])
+    keys: list[str] = []
+    bad: Counter[str] = Counter()
+    for place, (first_choice, member) in enumerate(zip(scene.frames, members, strict=True)):
         frame: int | None = first_choice
         while frame is not None:
+            rng = None if scene.seed is None else np.random.default_rng((scene.seed, _CROP, place))
             try:
-                views.append(load_view(split.shard_set, int(split.first[sequence]) + frame, shape, rng))
+                load_view(shard_set, first + frame, member, shape, rng, {k: v[len(keys), ...] for k, v in out.items()})
+                keys.append(shard_set.key(first + frame))
                 break
-            except (ValueError, OSError) as error:
+            except DamagedMemberError as error:
                 log.warning("a frame is replaced by another: %s", error)
-                bad += 1
-                frame = next(substitutes, None)
-    return views, bad
+                bad[error.file] += 1
+                if bad.total() > MAX_DAMAGED:
+                    raise
+            frame = next(substitutes, None)
+            if frame is not None:
+                (member,) = shard_set.try_read_many([first + frame])
+    return keys, bad
 
 
-def load_view(shard_set: ShardSet, frame: int, shape: StepShape, rng: np.random.Generator | None) -> dict[str, Any]:
-    """Decode and crop one frame to `shape`, at random if there is an rng. Raises ValueError if it is damaged."""
-    jpeg, depth_bytes = shard_set.read(frame)
-    row = shard_set.frames[frame]
-    intrinsics = row["intrinsics"].copy()
-    centre = (float(intrinsics[0, 2]), float(intrinsics[1, 2]))
-    scale = crop_scale((int(row["height"]), int(row["width"])), centre, shape, rng)
+def load_view(
+    shard_set: ShardSet, frame: int, members: Members, shape: StepShape, rng: np.random.Generator | None, out: Arrays
+) -> None:
+    """Decode a frame and crop it to `shape`, at random if there is an rng, into `out`, arrays of one view.
+
+    Raises DamagedMemberError.
+    """
+    if isinstance(members, DamagedMemberError):
+        raise members
+    row = shard_set.row(frame)
+    size = int(row["height"]), int(row["width"])
+    centre = (float(row["intrinsics"][0, 2]), float(row["intrinsics"][1, 2]))
+    scale = crop_scale(size, centre, shape, rng)
+    jpeg, depth_bytes = members
     try:
         image, eighths = decode_jpeg(jpeg, scale)
-        depth = None if depth_bytes is None else decode_depth(depth_bytes, int(row["height"]), int(row["width"]))
+        depth = None if depth_bytes is None else decode_depth(depth_bytes, *size)
     except ValueError as error:
-        raise DamagedMemberError(f"{shard_set.root}: {shard_set.key(frame)}: {error}") from error
-    intrinsics[:2, :2] *= scale
-    intrinsics[:2, 2] = (shape.width - 1) / 2, (shape.height - 1) / 2
-    return {
-        "key": shard_set.key(frame),
-        "images": crop_image(image, eighths / 8, centre, scale, shape).transpose(2, 0, 1),
-        "depth": np.zeros((shape.height, shape.width), np.float16)
-        if depth is None
-        else crop_depth(depth, centre, scale, shape),
-        "depth_scale": np.float32(row["depth_scale"]),
-        "extrinsics": row["extrinsics"],
-        "intrinsics": intrinsics,
-    }
+        raise DamagedMemberError(shard_set.tars[row["tar"]], f"{shard_set.key(frame)}: {error}", shard_set) from error
+    cv2.split(crop_image(image, eighths / 8, centre, scale, shape), list(out["images"]))
+    out["depth"][:] = 0 if depth is None else crop_depth(depth, centre, scale, shape)
+    out["depth_scale"][...] = row["depth_scale"]
+    out["extrinsics"][:] = row["extrinsics"]
+    out["intrinsics"][:] = row["intrinsics"]
+    out["intrinsics"][:2, :2] *= scale
+    out["intrinsics"][:2, 2] = (shape.width - 1) / 2, (shape.height - 1) / 2
 
 
 def crop_scale(
@@ -191,47 +258,97 @@ def crop_depth(depth: np.ndarray, centre: tuple[float, float], scale: float, sha
 
 
 class TrainingSteps(IterableDataset):
-    """The steps of one rank from `state` up to `last_step`. Worker w of W loads every W-th of them."""
+    """The batches of one rank from `state` up to `last_step`. Worker w of W loads every W-th of them."""
 
-    def __init__(
-        self,
-        split: Split,
-        config: DataConfig,
-        *,
-        seed: int,
-        state: DataState,
-        last_step: int,
-        max_img_per_gpu: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.split, self.config, self.seed = split, config, seed
-        self.state, self.last_step = state, last_step
-        self.max_img_per_gpu, self.rank, self.world_size = max_img_per_gpu, rank, world_size
+    def __init__(self, split: Split, plan: TrainingPlan, rank: int, state: DataState, last_step: int) -> None:
+        self.split, self.plan, self.rank, self.state, self.last_step = split, plan, rank, state, last_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        ranks = {"max_img_per_gpu": self.max_img_per_gpu, "world_size": self.world_size}
+        return load_ahead(self.split, self._mine())
+
+    def _mine(self) -> Iterator[Step]:
+        number, count = _worker()
         state = self.state
         while state.step < self.last_step:
             if (state.step - self.state.step) % count == number:
-                step = plan_step(self.config, self.split.lengths, self.seed, state, rank=self.rank, **ranks)
-                yield load_step(self.split, step)
-            state = advance(self.config, self.seed, state, **ranks)
+                yield self.plan.step(state, self.rank)
+            state = self.plan.after(state)
 
 
 class ValidationSteps(IterableDataset):
-    """The steps of a validation plan. Worker w of W loads every W-th of them."""
+    """The batches of a validation plan. Worker w of W loads every W-th of them."""
 
     def __init__(self, split: Split, steps: list[Step]) -> None:
         self.split, self.steps = split, steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for step in self.steps[number::count]:
-            yield load_step(self.split, step)
+        number, count = _worker()
+        return load_ahead(self.split, iter(self.steps[number::count]))
+
+
+def _worker() -> tuple[int, int]:
+    """The number of this worker process, and how many there are."""
+    worker = get_worker_info()
+    return (0, 1) if worker is None else (worker.id, worker.num_workers)
+
+
+def load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
+    """The batch of each step; the next one is read while this one is decoded, so that waiting for storage costs little.
+
+    What ends the data for good is the last item, {"error": what to tell the user}: exceptions of a worker process
+    arrive with its traceback for a message.
+    """
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            step = next(steps, None)
+            members = step and reader.submit(read_step, split, step)
+            while step is not None and members is not None:
+                following = next(steps, None)
+                ahead = following and reader.submit(read_step, split, following)
+                yield load_step(split, step, members.result())
+                step, members = following, ahead
+        except (DamagedMemberError, StorageError) as error:
+            yield {"error": str(error)}
+
+
+def stream(
+    make: Callable[[DataState | None], IterableDataset], workers: int, pin_memory: bool
+) -> Iterator[dict[str, Any]]:
+    """The batches of make(None), across the death of worker processes: then make(state of the last batch) goes on.
+
+    Raises ValueError with what to tell the user if data cannot be had, or workers die again and again.
+    """
+    state: DataState | None = None
+    deaths = 0
+    while True:
+        try:
+            for batch in make_loader(make(state), workers, pin_memory):
+                if "error" in batch:
+                    raise ValueError(batch["error"])
+                state, deaths = batch["after"], 0
+                yield batch
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if not workers or not _is_death(error):
+                raise
+            deaths += 1
+            if deaths > MAX_DEATHS:
+                raise ValueError(
+                    f"data.workers={workers}: they die again and again; is memory short? {error}"
+                ) from error
+            log.warning("%s; new workers go on from the last batch in %d s", error, 2**deaths)
+        time.sleep(2**deaths)  # here the old loader is gone
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker died: torch says so, or a batch was on its way out of it and the connection broke.
+
+    What code in a worker raises comes as "Caught ... in DataLoader worker".
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return any(words in text for words in ("exited unexpectedly", "is killed by signal"))
+    return not text.startswith("Caught ")
 
 
 def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> StatefulDataLoader:
@@ -241,6 +358,7 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
     they wait for ever on locks of thread pools that did not come along.
     """
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's, not ours to mend
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: they wait for storage
     context = None
     if workers:
         context = multiprocessing.get_context("forkserver")
@@ -256,6 +374,7 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
         pin_memory=pin_memory,
         multiprocessing_context=context,
         worker_init_fn=start_worker,
+        snapshot_every_n_steps=NEVER,
     )
 
 
@@ -264,6 +383,17 @@ def start_worker(_: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)  # there is a worker a core
+
+
+@atexit.register
+def kill_workers() -> None:
+    """At the end of a trainer, however it ends: asked by SIGTERM, as Python does it, they would not, and it would wait.
+
+    Registered after what multiprocessing does at exit, it comes before.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def worker_count(configured: int | None, ranks_here: int) -> int:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,14 +29,14 @@ from shards import ShardSet
 from train.checkpoint import find_newest, load, save
 from train.config import TrainConfig, flatten, load_config, to_dict
 from train.distributed import World, start_world
-from train.loader import STOP_SIGNALS, Split, TrainingSteps, make_loader, worker_count
+from train.loader import STOP_SIGNALS, Split, TrainingSteps, stream, worker_count
 from train.optim import freeze, make_optimizer, set_lr
 from train.pictures import contact_sheet, save_picture
-from train.plan import DataState
+from train.plan import DataState, TrainingPlan
 from train.prepare import prepare
 from train.report import Reporter, memory_gb
 from train.step import train_step
-from train.summary import describe_run, describe_start
+from train.summary import describe_damage, describe_run, describe_start
 from train.validate import Validation, validate
 from vggt import VGGT, preset
 from vggt.memory import hold_in_bf16
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file; without it the defaults, which are train/configs/default.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 data.workers=4")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
         with start_world() as world:
@@ -73,12 +74,12 @@ def main() -> None:
 
 def run(config: TrainConfig, world: World) -> None:
     # Data
-    if config.data.shards is None:
-        raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack")
-    shard_set = shards.open(config.data.shards)
-    train_split = Split(shard_set, config.data.train_split)
-    has_val = config.data.val_split in shard_set.dataset["splits"]
-    val_split = Split(shard_set, config.data.val_split) if has_val else None
+    if not config.data.sources:
+        raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack, or its URL")
+    shard_sets = [shards.open(source.path) for source in config.data.sources]
+    train_split = Split(shard_sets, config.data.train_split)
+    with_val = [shard_set for shard_set in shard_sets if config.data.val_split in shard_set.dataset["splits"]]
+    val_split = Split(with_val, config.data.val_split) if with_val else None
     workers = worker_count(config.data.workers, world.local_size)
 
     # Model
@@ -87,7 +88,7 @@ def run(config: TrainConfig, world: World) -> None:
     newest = world.from_main(lambda: find_newest(out_dir / "checkpoints"))
     saved = None if newest is None else load(newest)
     if saved is not None:
-        check_resumable(saved, config, shard_set)
+        check_resumable(saved, config, shard_sets)
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
     if config.init is not None and saved is None:
@@ -99,11 +100,18 @@ def run(config: TrainConfig, world: World) -> None:
 
     # Optimizer and resume
     optimizer = make_optimizer(model, config.optim)
-    state = DataState()
+    plan = TrainingPlan(
+        config=config.data,
+        lengths=train_split.lengths,
+        seed=config.seed,
+        max_img_per_gpu=config.max_img_per_gpu,
+        world_size=world.size,
+    )
+    state = plan.start()
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = DataState(**saved["data"])
+        state = DataState(saved["data"]["step"], tuple(saved["data"]["positions"]))
         del saved
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
 
@@ -132,16 +140,18 @@ def run(config: TrainConfig, world: World) -> None:
                 "model": model.state_dict(),
                 "model_config": asdict(model.config),
                 "optimizer": optimizer.state_dict(),
-                "data": vars(after),
+                "data": {"step": after.step, "positions": list(after.positions)},
                 "config": to_dict(config),
-                "shards": shard_set.digest,
+                "shards": [shard_set.digest for shard_set in shard_sets],
             }
             save(out_dir / "checkpoints", after.step, content, config.checkpoint)
         world.barrier()
 
     # Loop
     with reporter:
-        stopped = train(config, world, ddp, optimizer, train_split, state, workers, reporter, evaluate, save_checkpoint)
+        stopped = train(
+            config, world, ddp, optimizer, train_split, plan, state, workers, reporter, evaluate, save_checkpoint
+        )
 
     # Summary
     if not world.is_main:
@@ -159,6 +169,7 @@ def train(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     split: Split,
+    plan: TrainingPlan,
     state: DataState,
     workers: int,
     reporter: Reporter,
@@ -166,14 +177,17 @@ def train(
     save_checkpoint: Callable[[DataState], None],
 ) -> bool:
     """Train from `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
-    ranks = {"max_img_per_gpu": config.max_img_per_gpu, "rank": world.rank, "world_size": world.size}
-    dataset = TrainingSteps(split, config.data, seed=config.seed, state=state, last_step=config.total_steps, **ranks)
-    batches = iter(make_loader(dataset, workers, pin_memory=world.device.type == "cuda"))
+    batches = stream(
+        lambda last: TrainingSteps(split, plan, world.rank, last or state, config.total_steps),
+        workers,
+        pin_memory=world.device.type == "cuda",
+    )
     stop_asked = catch_signals()
     if is_validation_step(config, state.step):
         evaluate(state.step)
     window = Window()
     skipped = bad = tried = 0
+    damaged: Counter[str] = Counter()  # frames of this rank, by file
     for _ in range(state.step, config.total_steps):
         began = time.perf_counter()
         raw = next(batches)
@@ -181,14 +195,14 @@ def train(
         step = raw["after"].step  # counts the steps that are done
         lr = set_lr(optimizer, config.optim, step - 1, config.total_steps)
         batch = prepare(raw, world.device, with_points=config.loss.point > 0)
-        outcome = train_step(
-            model, optimizer, batch, config, world, stop=bool(stop_asked), bad=raw["bad"], tried=raw["tried"]
-        )
+        damaged.update(raw["bad"])
+        counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
+        outcome = train_step(model, optimizer, batch, config, world, stop=bool(stop_asked), **counts)
         bad, tried = bad + outcome.bad, tried + outcome.tried
         if tried >= MIN_TRIED and bad > config.data.max_bad * tried:
             raise ValueError(
                 f"{bad} of {tried} frames read are damaged, more than data.max_bad={config.data.max_bad:g}: "
-                f"see the warnings above, and pack {split.shard_set.root} again"
+                f"{describe_damage(world.gather(damaged))}; copy these again, or pack again"
             )
         skipped = 0 if outcome.finite else skipped + 1
         if not outcome.finite:
@@ -213,6 +227,8 @@ def train(
             return True
         if is_validation_step(config, step):
             evaluate(step)
+    if bad:
+        reporter.say(f"{bad} of {tried} frames were damaged and replaced: {describe_damage(world.gather(damaged))}")
     return False
 
 
@@ -243,11 +259,11 @@ class Window:
         return dict(zip(self.sums, means, strict=True)) | rates
 
 
-def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_set: ShardSet) -> None:
+def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: list[ShardSet]) -> None:
     """Raises ValueError if the run in out_dir was another one: other settings, or other data."""
     advice = f"give another out_dir, or remove {config.out_dir} to start anew"
-    if saved["shards"] != shard_set.digest:
-        raise ValueError(f"{config.out_dir}: was trained on other shards than {shard_set.root}; {advice}")
+    if saved["shards"] != [shard_set.digest for shard_set in shard_sets]:
+        raise ValueError(f"{config.out_dir}: was trained on other shards than {config.data.shards}; {advice}")
     now, before = flatten(to_dict(config)), flatten(saved["config"])
     for key in now:
         if key not in MAY_CHANGE and now[key] != before.get(key):

@@ -1,8 +1,9 @@
-"""What is drawn at each step: a pure function of the configuration, the seed and the position in the stream.
+"""What is drawn at each step: a pure function of the configuration, the seed and the positions in the streams.
 
-Sequences form one endless stream: position p is number p % N of a permutation of the N sequences that belongs to
-pass p // N. A step takes the next scenes of the stream, each rank its own slice, and the whole state of the data is
-(step, position): nothing depends on worker processes, and a run goes on with any number of ranks.
+The sequences of a shard set form one endless stream: position p is number p % N of a permutation of the N sequences
+that belongs to pass p // N. A step takes the next scenes of the streams, by weight if there are several sets, each
+rank its own slice; the whole state of the data is (step, positions): nothing depends on worker processes, and a run
+goes on with any number of ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +17,25 @@ import numpy as np
 PATCH = 14  # image sides are multiples of it
 NEARBY_WINDOW = 2  # frames that `nearby` chooses from, in multiples of the views drawn
 
-# Each use of randomness has a stream of its own, keyed (seed, use, counter).
-_SHAPE, _ORDER, _SCENE = range(3)
+# Each use of randomness has a stream of its own, keyed (seed, use, counters).
+_SHAPE, _ORDER, _SCENE, _MIX = range(4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSource:
+    """A shard set to draw from. weight: its share of the scenes, in proportion to the weights of the others."""
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight: expected more than 0, found {self.weight}; leave the set out instead")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    shards: str | None = None
+    shards: str | tuple[ShardSource, ...] | None = None
     train_split: Literal["train", "test"] = "train"
     val_split: Literal["train", "test"] = "test"
     width: int = 518
@@ -53,13 +66,17 @@ class DataConfig:
         if self.val_scenes < 1 or self.val_views < 1 or self.val_aspect <= 0:
             raise ValueError("val_scenes and val_views: expected at least 1; val_aspect: expected more than 0")
 
+    @property
+    def sources(self) -> tuple[ShardSource, ...]:
+        return (ShardSource(path=self.shards),) if isinstance(self.shards, str) else self.shards or ()
+
 
 @dataclass(frozen=True)
 class DataState:
-    """Where the data is: the step to be drawn next, and the position in the stream of sequences."""
+    """Where the data is: the step to be drawn next, and the position in the stream of each shard set."""
 
-    step: int = 0
-    position: int = 0
+    step: int
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -73,8 +90,9 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Scene:
-    """sequence: its place among those of the split; frames: numbers within it, the reference first."""
+    """source: which shard set; sequence: its place in the split there; frames: those of it, the reference first."""
 
+    source: int
     sequence: int
     frames: tuple[int, ...]
     seed: int | None  # of the augmentation; None: none
@@ -94,73 +112,92 @@ def image_height(width: int, aspect: float) -> int:
     return max(PATCH, int(width * aspect) // PATCH * PATCH)
 
 
-def step_shape(config: DataConfig, seed: int, step: int) -> StepShape:
-    rng = np.random.default_rng((seed, _SHAPE, step))
-    views = int(rng.integers(config.views[0], config.views[1] + 1))
-    return StepShape(views, image_height(config.width, rng.uniform(*config.aspect)), config.width)
-
-
 def scenes_per_rank(max_img_per_gpu: int, views: int) -> int:
     return max(1, max_img_per_gpu // views)
 
 
-def advance(config: DataConfig, seed: int, state: DataState, *, max_img_per_gpu: int, world_size: int) -> DataState:
-    """The state after the step that `state` stands before."""
-    views = step_shape(config, seed, state.step).views
-    return DataState(state.step + 1, state.position + world_size * scenes_per_rank(max_img_per_gpu, views))
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Everything that training draws. lengths: the frames of each sequence [N], of each shard set."""
+
+    config: DataConfig
+    lengths: tuple[np.ndarray, ...]
+    seed: int
+    max_img_per_gpu: int
+    world_size: int
+
+    def start(self) -> DataState:
+        return DataState(0, (0,) * len(self.lengths))
+
+    def shape(self, step: int) -> StepShape:
+        config, rng = self.config, np.random.default_rng((self.seed, _SHAPE, step))
+        views = int(rng.integers(config.views[0], config.views[1] + 1))
+        return StepShape(views, image_height(config.width, rng.uniform(*config.aspect)), config.width)
+
+    def after(self, state: DataState) -> DataState:
+        """The state once the step that `state` stands before is done."""
+        taken = np.bincount(self._sources(state.step), minlength=len(self.lengths))
+        return DataState(state.step + 1, tuple(int(p + n) for p, n in zip(state.positions, taken, strict=True)))
+
+    def step(self, state: DataState, rank: int) -> Step:
+        """What `rank` loads for the step that `state` stands before."""
+        shape, sources = self.shape(state.step), self._sources(state.step)
+        count = len(sources) // self.world_size
+        scenes = []
+        for place in range(rank * count, (rank + 1) * count):
+            source = int(sources[place])
+            position = state.positions[source] + int((sources[:place] == source).sum())
+            scenes.append(self._scene(source, position, shape.views))
+        return Step(shape, tuple(scenes), self.after(state))
+
+    def _sources(self, step: int) -> np.ndarray:
+        """The shard set of each scene of a step, of all ranks."""
+        count = self.world_size * scenes_per_rank(self.max_img_per_gpu, self.shape(step).views)
+        weights = np.array([source.weight for source in self.config.sources] or [1.0])
+        return np.random.default_rng((self.seed, _MIX, step)).choice(len(weights), count, p=weights / weights.sum())
+
+    def _scene(self, source: int, position: int, views: int) -> Scene:
+        """The scene at a position of a stream: no frame twice, unless the sequence has fewer than `views`."""
+        lengths = self.lengths[source]
+        turn, place = divmod(position, len(lengths))
+        sequence = int(_permutation(self.seed, source, turn, len(lengths))[place])
+        rng = np.random.default_rng((self.seed, _SCENE, source, position))
+        frames = draw_frames(rng, self.config.sampling, int(lengths[sequence]), views)
+        augmentation = int(rng.integers(2**62)) if self.config.augment else None
+        return Scene(source, sequence, frames, augmentation)
 
 
-def plan_step(
-    config: DataConfig,
-    lengths: np.ndarray,
-    seed: int,
-    state: DataState,
-    *,
-    max_img_per_gpu: int,
-    rank: int,
-    world_size: int,
-) -> Step:
-    """What `rank` loads for the step that `state` stands before. lengths: frames of each sequence of the split [N]."""
-    shape = step_shape(config, seed, state.step)
-    count = scenes_per_rank(max_img_per_gpu, shape.views)
-    first = state.position + rank * count
-    scenes = tuple(draw_scene(config, lengths, seed, first + i, shape.views) for i in range(count))
-    return Step(shape, scenes, advance(config, seed, state, max_img_per_gpu=max_img_per_gpu, world_size=world_size))
-
-
-def draw_scene(config: DataConfig, lengths: np.ndarray, seed: int, position: int, views: int) -> Scene:
-    """The scene at a position of the stream: no frame twice, unless the sequence has fewer than `views`."""
-    turn, place = divmod(position, len(lengths))
-    sequence = int(_permutation(seed, turn, len(lengths))[place])
-    rng = np.random.default_rng((seed, _SCENE, position))
-    low, high = 0, int(lengths[sequence])
-    if config.sampling == "nearby":
-        anchor = int(rng.integers(high))
-        size = min(high, NEARBY_WINDOW * views)
-        low = min(max(0, anchor - size // 2), high - size)
+def draw_frames(rng: np.random.Generator, sampling: str, length: int, views: int) -> tuple[int, ...]:
+    """Frames of a sequence of `length`, the reference first; they repeat only if it has fewer than `views`."""
+    low, high = 0, length
+    if sampling == "nearby":
+        anchor = int(rng.integers(length))
+        size = min(length, NEARBY_WINDOW * views)
+        low = min(max(0, anchor - size // 2), length - size)
         others = np.delete(np.arange(low, low + size), anchor - low)
         frames = [anchor, *rng.permutation(others)[: views - 1]]
     else:
-        frames = [*(low + rng.permutation(high)[:views])]
+        frames = [*rng.permutation(length)[:views]]
     if len(frames) < views:
         frames += [*rng.integers(low, high, views - len(frames))]
-    augmentation = int(rng.integers(2**62)) if config.augment else None
-    return Scene(sequence, tuple(map(int, frames)), augmentation)
+    return tuple(map(int, frames))
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, _ORDER, turn)).permutation(count)
+@lru_cache(maxsize=32)
+def _permutation(seed: int, source: int, turn: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, _ORDER, source, turn)).permutation(count)
 
 
-def validation_plan(config: DataConfig, lengths: np.ndarray, rank: int, world_size: int) -> list[Step]:
-    """The scenes `rank` validates on, one a step: always the same, evenly spaced in the split and in each sequence."""
-    count = min(config.val_scenes, len(lengths))
-    chosen = np.linspace(0, len(lengths) - 1, count).round().astype(int)
+def validation_plan(config: DataConfig, lengths: tuple[np.ndarray, ...], rank: int, world_size: int) -> list[Step]:
+    """The scenes `rank` validates on, one a step: always the same, evenly spaced over all sets and in each sequence."""
+    everything = [(source, number) for source, part in enumerate(lengths) for number in range(len(part))]
+    chosen = np.linspace(0, len(everything) - 1, min(config.val_scenes, len(everything))).round().astype(int)
     shape = StepShape(config.val_views, image_height(config.width, config.val_aspect), config.width)
     steps = []
-    for sequence in chosen[rank::world_size]:
+    for number, place in enumerate(chosen[rank::world_size]):
+        source, sequence = everything[place]
         # Without the very last: a turn-table often ends where it began.
-        frames = (np.arange(config.val_views) * lengths[sequence] / config.val_views).astype(int)
-        steps.append(Step(shape, (Scene(int(sequence), tuple(map(int, frames)), None),), DataState()))
+        frames = (np.arange(config.val_views) * lengths[source][sequence] / config.val_views).astype(int)
+        scene = Scene(source, sequence, tuple(map(int, frames)), None)
+        steps.append(Step(shape, (scene,), DataState(number + 1, ())))
     return steps

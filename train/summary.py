@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,14 @@ def describe_start(
     parts = ", ".join(f"{name} {(t or f) / 1e6:.1f} M{'' if t else ' (frozen)'}" for name, (t, f) in counts.items())
     low, high = config.data.views
     scenes = [scenes_per_rank(config.max_img_per_gpu, n) for n in (high, low)]
-    held = f"{len(val.lengths):,} sequences in {config.data.val_split}" if val else "nothing (no such split)"
+    held = f"{sum(map(len, val.lengths)):,} sequences in {config.data.val_split}" if val else "nothing (no such split)"
     lines = [
         f"model {config.model.preset}: {parts}",
-        f"data {config.data.shards}: {len(train.lengths):,} sequences of {int(train.lengths.sum()):,} frames; "
+        *(
+            f"data {shard_set}: {len(lengths):,} sequences of {int(lengths.sum()):,} frames"
+            + (f", weight {source.weight:g}" if len(config.data.sources) > 1 else "")
+            for shard_set, lengths, source in zip(train.shard_sets, train.lengths, config.data.sources, strict=True)
+        ),
         f"validating on {held}",
         f"{world.size} process(es) on {world.device.type}, {config.precision}, {workers} loader worker(s) each; a step "
         f"takes {scenes[0]} to {scenes[1]} scenes of {high} to {low} views a process, in {config.accum_steps} chunk(s)",
@@ -52,6 +57,13 @@ def describe_start(
         f"{config.checkpoint.every:,}; everything goes to {config.out_dir}",
     ]
     return "\n".join(lines)
+
+
+def describe_damage(by_rank: list[Counter[str]]) -> str:
+    """The files that hold damaged frames, those with the most first."""
+    files = sum(by_rank, Counter[str]()).most_common()
+    more = f" and {len(files) - 5} more files" if len(files) > 5 else ""
+    return ", ".join(f"{file} ({count})" for file, count in files[:5]) + more
 
 
 def describe_run(config: TrainConfig, out_dir: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from train.config import TrainConfig
 from train.distributed import World
-from train.loader import Split, ValidationSteps, make_loader
+from train.loader import Split, ValidationSteps, stream
 from train.losses import denominators, losses
 from train.metrics import depth_abs_rel, pair_errors, pose_auc
 from train.pictures import SceneResult
@@ -38,7 +38,12 @@ def validate(model: VGGT, split: Split, config: TrainConfig, world: World, worke
     sums = torch.zeros(2, len(names), dtype=torch.float64)  # of the figures, and how many scenes had each
     pictured: list[SceneResult] = []
     steps = validation_plan(config.data, split.lengths, world.rank, world.size)
-    for raw in make_loader(ValidationSteps(split, steps), workers, pin_memory=world.device.type == "cuda"):
+    batches = stream(
+        lambda last: ValidationSteps(split, steps[last.step if last else 0 :]),
+        workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    for raw in batches:
         batch = prepare(raw, world.device, with_points=config.loss.point > 0)
         with autocast(config, world.device):
             predictions = model(batch["images"])

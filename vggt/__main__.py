@@ -38,10 +38,10 @@ def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> N
       python -m vggt photos/ --checkpoint facebook/VGGT-1B --out scene.glb
       python -m vggt photos/*.jpg --checkpoint runs/demo/checkpoints/latest --out scene.ply --keep 0.2
     """
-    if out.suffix not in (".glb", ".ply"):
+    if out.suffix.lower() not in (".glb", ".ply"):
         raise click.BadParameter(f"{out}: expected a name that ends in .glb or .ply", param_hint="--out")
     if find_spec("trimesh") is None:
-        raise click.ClickException("writing scenes needs trimesh: pip install '.[scene]'")
+        raise click.ClickException("writing scenes needs trimesh: pip install -e '.[scene]'")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         paths = find_images(images)
@@ -57,7 +57,7 @@ def _show(model: VGGT, images: torch.Tensor, out: Path, keep: float) -> int:
     """Run the model on images [S, 3, H, W], say what cameras it sees, write `out`; returns the number of points."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count, _, height, width = images.shape
-    click.echo(f"{count} images, seen as {width}x{height}, on {device.type}")
+    click.echo(f"{count} images, cut to {width}x{height} about their centres, on {device.type}")
     began = time.perf_counter()
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         predictions = model.to(device)(images.to(device))

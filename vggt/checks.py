@@ -11,6 +11,7 @@ from vggt.track_head import STRIDE
 
 def check_images(images: Tensor, config: VGGTConfig) -> None:
     """Raises ValueError unless images are [B, S, 3, H, W] in [0, 1], TypeError unless they are floating-point."""
+    _check_tensor(images, "images")
     shape, patch = tuple(images.shape), config.patch_size
     if images.ndim != 5 or shape[2] != 3:
         raise ValueError(f"images: expected [B, S, 3, H, W] or [S, 3, H, W], found {list(shape)}")
@@ -21,11 +22,14 @@ def check_images(images: Tensor, config: VGGTConfig) -> None:
     if not images.is_floating_point():
         raise TypeError(f"images: expected floating-point values in [0, 1], found {images.dtype}: divide by 255")
     if not _holds((images >= 0) & (images <= 1), "images: expected values in [0, 1]"):
-        raise ValueError(f"images {list(shape)}: expected values in [0, 1]; divide bytes by 255")
+        low, high = images.min().item(), images.max().item()
+        advice = "; divide bytes by 255" if high > 2 else ""
+        raise ValueError(f"images {list(shape)}: expected values in [0, 1], found {low:.3g} to {high:.3g}{advice}")
 
 
 def check_query_points(points: Tensor, images: Tensor, config: VGGTConfig) -> None:
     """Raises ValueError unless points are [B, N, 2] inside images [B, S, 3, H, W] that are large enough to track in."""
+    _check_tensor(points, "query_points")
     shape, (height, width) = list(points.shape), images.shape[-2:]
     if "track" not in config.heads:
         raise ValueError(f"query_points: this model was built without the track head (heads: {list(config.heads)})")
@@ -42,8 +46,14 @@ def check_query_points(points: Tensor, images: Tensor, config: VGGTConfig) -> No
     x, y = points.unbind(-1)
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     if not _holds(inside, "query_points: expected (x, y) inside view 0"):
-        limits = f"up to ({width - 1}, {height - 1})"
-        raise ValueError(f"query_points {shape}: expected (x, y) in pixels inside view 0, {limits}")
+        limits = f"(0, 0) to ({width - 1}, {height - 1})"
+        found = ", ".join(f"{value:g}" for value in points[~inside][0].tolist())
+        raise ValueError(f"query_points {shape}: expected (x, y) in pixels inside view 0, {limits}, found ({found})")
+
+
+def _check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, found {type(value).__name__}")
 
 
 def _holds(conditions: Tensor, message: str) -> bool:

@@ -62,10 +62,13 @@ class VGGTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
         """From a config.json's values; what is not there has its default.
 
-        What is no key of ours is passed over, since the published model's config.json has other names. Raises
-        ValueError if a value is of another type or does not go with the others.
+        What is no key of ours is passed over in the published model's, which has other names and no `heads`. Raises
+        ValueError for one in ours, and if a value is of another type or does not go with the others.
         """
         known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown and "heads" in values:
+            raise ValueError(f"not the configuration of a VGGT: unknown {', '.join(unknown)}")
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         try:
             return cls(**chosen)

@@ -74,10 +74,11 @@ class VGGT(nn.Module):
         arguments of other shapes, types or values; values are told off on the CPU only: elsewhere, as under
         torch.compile, the device stops with an assertion, for asking it would make the host wait.
         """
-        images = images[None] if images.ndim == 4 else images
+        images = images[None] if isinstance(images, Tensor) and images.ndim == 4 else images
         check_images(images, self.config)
         if query_points is not None:
-            query_points = query_points[None] if query_points.ndim == 2 else query_points
+            is_one = isinstance(query_points, Tensor) and query_points.ndim == 2
+            query_points = query_points[None] if is_one else query_points
             check_query_points(query_points, images, self.config)
         height, width = images.shape[-2:]
         heads, last, dense = self.config.heads, self.config.depth - 1, self.config.dense_layers

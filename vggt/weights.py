@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that is there
 CONFIG_FILE = "config.json"
+CONFIG_KEY = "model_config"  # in a file
+FILE_SUFFIXES = (".pt", ".safetensors")
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -32,17 +34,22 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
         return _read_folder(path)
     if path.suffix == ".safetensors":
         try:
-            return load_file(path), {}
-        except SafetensorError as error:
+            with safe_open(path, "pt") as file:
+                config = json.loads((file.metadata() or {}).get(CONFIG_KEY, "{}"))
+            if not isinstance(config, dict):
+                raise ValueError(f"{CONFIG_KEY} is not an object")
+            return load_file(path), config
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged pickles end in errors of many types
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint of tensors only ({first_line})") from error
+        # torch's own words are left out: some advise loading that may execute code.
+        what = "truncated, no checkpoint, or more than tensors in it"
+        raise ValueError(f"{path}: not a readable checkpoint: {what} ({type(error).__name__})") from error
     state, config = content, {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        state, config = content["model"], content.get("model_config", {})
+        state, config = content["model"], content.get(CONFIG_KEY, {})
     is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not is_state or not isinstance(config, dict):
         raise ValueError(f"{path}: expected names and tensors, or {{'model': names and tensors}}")
@@ -53,7 +60,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What read_checkpoint returns, of a folder and its config.json."""
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if weights is None:
-        raise ValueError(f"{folder}: expected {' or '.join(WEIGHT_FILES)} in this folder, found neither")
+        raise ValueError(
+            f"{folder}: expected {' or '.join(WEIGHT_FILES)} in this folder, found neither; of a run it is "
+            "checkpoints/latest"
+        )
     state, config = read_checkpoint(weights)
     path = folder / CONFIG_FILE
     if path.exists():
@@ -76,7 +86,7 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"{name}: no such file; to fetch it from Hugging Face: pip install '.[hub]'") from error
+        raise ValueError(f"{name}: no such file; to fetch it from Hugging Face: pip install -e '.[hub]'") from error
     try:
         folder = Path(snapshot_download(name, allow_patterns=[WEIGHT_FILES[0], CONFIG_FILE]))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError
@@ -132,23 +142,33 @@ def _shorten(names: list[str], most: int = 3) -> str:
 
 
 def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write folder/model.safetensors and folder/config.json, whole or not at all. Raises OSError."""
+    """Write folder/model.safetensors and folder/config.json, whole or not at all.
+
+    Raises ValueError if the folder is named like a file, OSError if it cannot be written.
+    """
+    if folder.suffix in FILE_SUFFIXES or folder.is_file():
+        raise ValueError(f"{folder}: expected the name of a folder, which gets {WEIGHT_FILES[0]} and {CONFIG_FILE}")
     write_file(folder / WEIGHT_FILES[0], state)
     with _whole_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_file(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
     """Write names and tensors to a .safetensors or else a .pt file, whole or not at all. Raises OSError.
 
-    A .pt holds the plain state dict, as the published one.
+    config: kept in the file, for a model of which others could not know it; a .pt without it holds the plain state
+    dict, as the published one.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with _whole_file(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(tensors, temporary)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            metadata = None if config is None else {CONFIG_KEY: json.dumps(dict(config))}
+            save_file(tensors, temporary, metadata)  # for its owner alone, whatever the umask
+            temporary.chmod(mode)
         else:
-            torch.save(tensors, temporary)
+            torch.save(tensors if config is None else {"model": tensors, CONFIG_KEY: dict(config)}, temporary)
 
 
 @contextmanager

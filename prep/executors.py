@@ -1,0 +1,80 @@
+"""Where work runs: processes of this machine, or the workers of an existing Dask cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from typing import cast
+from urllib.parse import urlsplit
+
+
+@contextmanager
+def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes forked from a server that has imported these modules and has no threads running.
+
+    An interrupt ends them at once: what they make appears under its name only when whole.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preload)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()  # it ignores what is ignored now
+    signal.signal(signal.SIGINT, handler)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it however it ends: an orphan would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def dask_cluster(address: str) -> Iterator[tuple[Executor, int]]:
+    """The workers of the Dask scheduler at `address`, and how many tasks they run at once.
+
+    Raises ValueError if Dask is not installed, the scheduler cannot be reached, or it has no workers.
+    """
+    try:
+        from distributed import Client
+        from distributed.client import FutureCancelledError
+        from distributed.scheduler import KilledWorker
+    except ImportError as error:
+        raise ValueError(f"--scheduler needs the extra `cluster`: pip install -e '.[cluster]' ({error})") from error
+    parts = urlsplit(address)
+    if not parts.hostname or not parts.port:
+        raise ValueError(f"--scheduler {address}: expected an address like tcp://host:8786")
+    try:
+        socket.create_connection((parts.hostname, parts.port), timeout=10).close()  # Dask's own attempt is noisy
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--scheduler {address}: cannot be reached ({error})") from error
+    with client:
+        threads = sum(cast(dict[str, int], client.nthreads()).values())
+        if not threads:
+            raise ValueError(f"--scheduler {address}: has no workers")
+        try:
+            yield client.get_executor(pure=False), threads
+        except (KilledWorker, FutureCancelledError, CancelledError) as error:
+            raise ValueError(f"--scheduler {address}: workers or the scheduler were lost ({error})") from error

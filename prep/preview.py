@@ -1,0 +1,134 @@
+"""A page to look at a shard set: images, depths, cameras, and whether they fit each other."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from shards import ShardSet, drawing
+from shards.codecs import decode_depth, decode_jpeg
+from shards.pixels import nearest, scale_intrinsics
+from shards.writer import atomic_file
+
+STRIP_FRAMES, STRIP_HEIGHT = 8, 150
+PAIR_HEIGHT, PAIR_STEP = 300, 10  # the second view of a pair lies a tenth of the sequence after the first
+AGREEMENT = 0.05  # of the depth: how far two views may differ on a point that both see
+CHECKER = 40  # pixels
+POINTS = 4000  # a frame, of the view from above
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; color: #222; padding: 0 1em }
+img { max-width: 100%; display: block; margin: .3em 0 } h2 { margin: 1.6em 0 .2em; font-size: 1.1em }
+p { margin: .2em 0 } .wrong { color: #b00; font-weight: bold }
+"""
+EXPLANATION = """
+Each sequence: some of its images; their depths, near is red, far is blue, grey is unknown; its cameras from above, the
+first red, the last blue, over points of its depths. Then a pair of views A and B: A, B, A as B should see it by the
+depth of B and both cameras, and the same in a checkerboard with B. With right cameras and depths the last two look
+like B but for what is hidden from A, where the thing in front appears twice; where lines break at the squares' edges,
+a camera, an intrinsic or a depth is wrong.
+"""
+
+
+class View:
+    """A frame at a small size: image [h, w, 3], depth [h, w] (0: unknown), extrinsics [3, 4], intrinsics [3, 3]."""
+
+    def __init__(self, shard_set: ShardSet, frame: int, height: int) -> None:
+        row = shard_set.row(frame)
+        size = int(row["height"]), int(row["width"])
+        scale = min(1.0, height / size[0])
+        shape = round(size[0] * scale), round(size[1] * scale)
+        jpeg, depth = shard_set.read(frame)
+        image, _ = decode_jpeg(jpeg)
+        self.image = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
+        rows, columns = (nearest((np.arange(n) + 0.5) * m / n - 0.5, m) for n, m in zip(shape, size, strict=True))
+        full = np.zeros(size, np.float16) if depth is None else decode_depth(depth, *size)
+        self.depth = full[rows[:, None], columns].astype(np.float64) * row["depth_scale"]
+        self.extrinsics = np.array(row["extrinsics"])
+        self.intrinsics = scale_intrinsics(row["intrinsics"], shape[1] / size[1], shape[0] / size[0])
+        self.name = bytes(row["name"]).decode()
+
+    def points(self) -> np.ndarray:
+        """Points of the world [3, h * w], NaN where the depth is unknown."""
+        return drawing.unproject(np.where(self.depth > 0, self.depth, np.nan), self.extrinsics, self.intrinsics)
+
+
+def write_preview(shard_set: ShardSet, out: Path, count: int) -> Iterator[str | None]:
+    """Write a self-contained HTML page of `count` sequences, taken evenly; yields what is wrong with each, or None."""
+    rows = shard_set.sequences
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+    title = html.escape(f"{shard_set}: {len(chosen)} of {len(rows)} sequences")
+    head = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
+    with atomic_file(out) as file:
+        file.write(f"{head}<p>{EXPLANATION}</p>".encode())
+        for number in chosen:
+            name = "/".join(bytes(rows[key][number]).decode() for key in ("split", "category", "name"))
+            problem = None
+            try:
+                section = sequence_section(shard_set, int(rows["first"][number]), int(rows["count"][number]))
+            except (ValueError, OSError) as error:
+                problem = str(error)
+                section = f'<p class="wrong">{html.escape(problem)}</p>'
+            file.write(f"<h2>{html.escape(name)}</h2>{section}".encode())
+            yield problem
+
+
+def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
+    """The part of the page that shows the sequence of these frames. Raises ValueError or OSError if one is damaged."""
+    frames = np.unique(np.linspace(first, first + count - 1, min(STRIP_FRAMES, count)).round().astype(int))
+    views = [View(shard_set, int(frame), STRIP_HEIGHT) for frame in frames]
+    cameras = shard_set.frames[first : first + count]
+    known = np.mean([(view.depth > 0).mean() for view in views])
+    k, size = cameras["intrinsics"][0], (int(cameras["width"][0]), int(cameras["height"][0]))
+    angle = 2 * np.degrees(np.arctan(size[0] / 2 / k[0, 0]))
+    lines = [f"{count} frames of {size[0]} x {size[1]}, {angle:.0f} degrees wide; depth known at {known:.0%} of pixels"]
+    pictures = [_strip(views, cameras)]
+    if known and count > 1:
+        pair = [View(shard_set, first + i, PAIR_HEIGHT) for i in (0, max(1, count // PAIR_STEP))]
+        agreement, picture = _pair(*pair)
+        lines.append(f"A = {pair[0].name}, B = {pair[1].name}: {agreement}")
+        pictures.append(picture)
+    text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    return text + "".join(f'<img src="data:image/jpeg;base64,{_base64(picture)}">' for picture in pictures)
+
+
+def _strip(views: list[View], cameras: np.ndarray) -> np.ndarray:
+    """Images above depths, the scale of these, and the cameras from above."""
+    near, far = drawing.near_and_far(np.concatenate([view.depth.reshape(-1) for view in views]))
+    depths = [drawing.colour_depth(view.depth, near, far) for view in views]
+    body = drawing.stack([drawing.row([view.image for view in views]), drawing.row(depths)])
+    points = []
+    for view in views:
+        cloud = view.points().T
+        cloud = cloud[np.isfinite(cloud[:, 0])]
+        points.append(cloud[:: max(1, len(cloud) // POINTS)])
+    above = drawing.from_above(
+        cameras["extrinsics"], cameras["intrinsics"], np.concatenate(points), len(body) - drawing.GAP
+    )
+    return np.concatenate([drawing.row([body, above]), drawing.scale_bar(len(body) + drawing.GAP, near, far)], axis=1)
+
+
+def _pair(a: View, b: View) -> tuple[str, np.ndarray]:
+    """How well two views fit each other, in words and as a picture."""
+    shape = b.depth.shape
+    pixels, depth = drawing.project(b.points(), a.extrinsics, a.intrinsics)
+    warped = drawing.look_up(a.image, pixels, shape)
+    measured = drawing.look_up(a.depth.astype(np.float32), pixels, shape, nearest=True).reshape(-1)
+    both = (measured > 0) & np.isfinite(depth)
+    if both.any():
+        share = np.mean(np.abs(measured[both] / depth[both] - 1) < AGREEMENT)
+        words = f"their depths agree to {AGREEMENT:.0%} at {share:.0%} of the pixels that both know"
+    else:
+        words = "no pixel has a depth in both"
+    v, u = np.mgrid[: shape[0], : shape[1]] // CHECKER
+    checker = np.where(((u + v) % 2 == 0)[..., None], warped, b.image)
+    return words, drawing.row([a.image, b.image, warped, checker])
+
+
+def _base64(picture: np.ndarray) -> str:
+    return base64.b64encode(drawing.jpeg(picture)).decode()

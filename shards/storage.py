@@ -1,0 +1,199 @@
+"""Where the files of a shard set lie: a local folder, or any URL that fsspec opens. Reads are exact, or an error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Protocol
+
+from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
+
+log = logging.getLogger(__name__)
+
+RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost connection, is waited for
+
+
+class StorageError(OSError):
+    """Storage that does not give what it is asked for; says the path or URL."""
+
+
+class Span(NamedTuple):
+    """Bytes start .. end - 1 of a file."""
+
+    file: str
+    start: int
+    end: int
+
+
+class Storage(Protocol):
+    """The files of a shard set, by name. Cheap to pickle; a process opens what it needs by itself."""
+
+    def sizes(self, names: list[str]) -> list[int | None]:
+        """Bytes of each file; None where it is missing."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError or StorageError."""
+        ...
+
+    def read_spans(self, spans: list[Span]) -> list[bytes]:
+        """Just these bytes, in one request a span; fewer where a file ends. Raises as read does."""
+        ...
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A path under which the file can be read on this machine."""
+        ...
+
+
+def storage_at(location: str | Path) -> Storage:
+    """Raises ValueError if no package for this kind of URL is installed."""
+    if isinstance(location, Path) or get_protocol(location) == "file":
+        return LocalStorage(Path(str(location).removeprefix("file://")))
+    try:
+        return RemoteStorage(location)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{location}: cannot be opened: {error}") from error
+
+
+class LocalStorage:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def sizes(self, names: list[str]) -> list[int | None]:
+        return [path.stat().st_size if (path := self.root / name).is_file() else None for name in names]
+
+    def read(self, name: str) -> bytes:
+        with _said(str(self.root / name)):
+            return (self.root / name).read_bytes()
+
+    def read_spans(self, spans: list[Span]) -> list[bytes]:
+        parts = []
+        for span in spans:
+            path = self.root / span.file
+            with _said(str(path)), _lock:
+                parts.append(os.pread(_descriptor(os.getpid(), path), span.end - span.start, span.start))
+        return parts
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        yield self.root / name
+
+
+class RemoteStorage:
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        _filesystem(os.getpid(), self.url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def sizes(self, names: list[str]) -> list[int | None]:
+        fs, root = _filesystem(os.getpid(), self.url)
+        with _said(self.url):
+            try:
+                return fs.sizes([f"{root}/{name}" for name in names])
+            except FileNotFoundError:  # of one of them
+                return [fs.size(path) if fs.exists(path := f"{root}/{name}") else None for name in names]
+
+    def read(self, name: str) -> bytes:
+        fs, root = _filesystem(os.getpid(), self.url)
+        for pause in RETRY_PAUSES:
+            try:
+                with _said(f"{self.url}/{name}"):
+                    return fs.cat_file(f"{root}/{name}")
+            except StorageError as error:
+                log.warning("%s; trying again in %g s", error, pause)
+                time.sleep(pause)
+        with _said(f"{self.url}/{name}"):
+            return fs.cat_file(f"{root}/{name}")
+
+    def read_spans(self, spans: list[Span]) -> list[bytes]:
+        fs, root = _filesystem(os.getpid(), self.url)
+        parts: dict[Span, bytes] = {}
+        missing = spans
+        for pause in (*RETRY_PAUSES, None):
+            paths = [f"{root}/{span.file}" for span in missing]
+            found = fs.cat_ranges(paths, [s.start for s in missing], [s.end for s in missing], on_error="return")
+            answers = dict(zip(missing, found, strict=True))
+            parts |= {span: _answered(answer, span, self.url) for span, answer in answers.items() if _is_final(answer)}
+            missing = [span for span in missing if span not in parts]
+            if not missing:
+                break
+            where, error = f"{self.url}/{missing[0].file}", answers[missing[0]]
+            if pause is None:
+                raise StorageError(f"{where}: not to be read in {len(RETRY_PAUSES) + 1} tries: {error!r}") from error
+            log.warning("%s: %r; trying again in %g s", where, error, pause)
+            time.sleep(pause)
+        return [parts[span] for span in spans]
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        fs, root = _filesystem(os.getpid(), self.url)
+        with TemporaryDirectory() as folder:
+            with _said(f"{self.url}/{name}"):
+                fs.get_file(f"{root}/{name}", f"{folder}/{name}")
+            yield Path(folder) / name
+
+
+def _is_final(answer: bytes | Exception) -> bool:
+    """Whether asking again would change nothing: bytes, or a file that ends before (HTTP's 416)."""
+    return isinstance(answer, bytes) or getattr(answer, "status", None) == 416
+
+
+def _answered(answer: bytes | Exception, span: Span, url: str) -> bytes:
+    if not isinstance(answer, bytes):
+        return b""
+    wanted = span.end - span.start
+    if len(answer) > wanted:
+        raise StorageError(
+            f"{url}/{span.file}: asked for {wanted} bytes, got {len(answer)}: this server ignores HTTP ranges and "
+            "sends whole files. Serve the shards from one that knows ranges (nginx, an object store), or copy them here"
+        )
+    return answer
+
+
+@contextmanager
+def _said(where: str) -> Iterator[None]:
+    """Every package behind fsspec has errors of its own: all become one that says where."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: no such file") from error
+    except Exception as error:
+        raise StorageError(f"{where}: {str(error) or repr(error)} ({type(error).__name__})") from error
+
+
+MAX_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # a process
+_descriptors: OrderedDict[tuple[int, Path], int] = OrderedDict()
+_lock = threading.Lock()  # a thread that reads ahead and one that replaces a frame share descriptors
+_filesystems: dict[tuple[int, str], tuple[Any, str]] = {}
+
+
+def _descriptor(process: int, path: Path) -> int:
+    """An open file of this process. Keyed by process: a descriptor inherited through fork is not trusted."""
+    if (process, path) not in _descriptors:
+        _descriptors[process, path] = os.open(path, os.O_RDONLY)
+        if len(_descriptors) > MAX_OPEN_FILES:
+            os.close(_descriptors.popitem(last=False)[1])
+    _descriptors.move_to_end((process, path))
+    return _descriptors[process, path]
+
+
+def _filesystem(process: int, url: str) -> tuple[Any, str]:
+    """The file system of a URL and the root in it. Keyed by process, as those of fsspec do not survive a fork."""
+    if (process, url) not in _filesystems:
+        _filesystems[process, url] = url_to_fs(url, skip_instance_cache=True)
+    return _filesystems[process, url]
