@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from golden_figures import SHARED
+
+from shards.schema import FrameMeta
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -27,6 +30,12 @@ def run_command(*arguments, timeout=200, **environment):
 
 def vggt_prep(*arguments, **options):
     return run_command("vggt-prep", *arguments, **options)
+
+
+def frame_meta(**changes):
+    """A camera's record in a shard, of a small frame without depth."""
+    fields = {"extrinsics": np.eye(4)[:3], "intrinsics": np.eye(3), "height": 2, "width": 3, "depth_scale": 1.0}
+    return FrameMeta(**fields | {"source": "a.jpg", "jpg_crc": 1, "depth_crc": None} | changes)
 
 
 @pytest.fixture(scope="session")

@@ -366,7 +366,8 @@ def scene_of_key(split, key):
 
 
 def loader_processes():
-    found = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    # -ww: where COLUMNS is set, ps cuts its lines there, before the word that is looked for.
+    found = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in found.splitlines()]
     servers = {pid for pid, ppid, command in rows if int(ppid) == os.getpid() and "forkserver" in command}
     return [int(pid) for pid, ppid, _ in rows if ppid in servers]

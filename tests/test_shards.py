@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import frame_meta, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -144,16 +144,7 @@ def test_a_set_that_is_not_whole_is_refused(shard_dir, tmp_path, damage, message
 
 
 def test_frames_without_depth_are_camera_only():
-    meta = FrameMeta(
-        extrinsics=np.eye(4)[:3],
-        intrinsics=np.eye(3),
-        height=2,
-        width=3,
-        depth_scale=1.0,
-        source="a.jpg",
-        jpg_crc=1,
-        depth_crc=None,
-    )
+    meta = frame_meta()
     again = FrameMeta.from_json(meta.to_json())
     assert again.depth_crc is None
     assert np.array_equal(again.extrinsics, meta.extrinsics)

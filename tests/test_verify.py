@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import vggt_prep
+from conftest import frame_meta, vggt_prep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,16 +204,7 @@ def test_an_index_rebuilt_from_the_tars_is_the_same(shard_dir, tmp_path):
 @pytest.mark.parametrize("blocks", range(1, 45))
 def test_a_tar_of_any_length_is_whole(tmp_path, blocks):
     """tar fills up its last record, and what ends an archive may need one more."""
-    meta = FrameMeta(
-        extrinsics=np.eye(4)[:3],
-        intrinsics=np.eye(3),
-        height=1,
-        width=1,
-        depth_scale=1.0,
-        source="",
-        jpg_crc=zlib.crc32(bytes(512 * blocks)),
-        depth_crc=None,
-    )
+    meta = frame_meta(jpg_crc=zlib.crc32(bytes(512 * blocks)))
     write_tar(tmp_path / "a.tar", [{"__key__": "a/b/c", "jpg": bytes(512 * blocks), "json": meta.to_json()}])
     assert index_tar(tmp_path / "a.tar")[0] == [("a", "b", 1)]
 
@@ -290,17 +281,7 @@ JSON = st.recursive(
 @given(st.sampled_from(["extrinsics", "intrinsics", "height", "depth_scale", "source", "crc32"]), JSON)
 @settings(max_examples=300, deadline=None)
 def test_any_value_in_a_json_member_is_taken_or_an_error(key, value):
-    good = FrameMeta(
-        extrinsics=np.eye(4)[:3],
-        intrinsics=np.eye(3),
-        height=2,
-        width=3,
-        depth_scale=1.0,
-        source="a.jpg",
-        jpg_crc=1,
-        depth_crc=None,
-    )
-    fields = json.loads(good.to_json()) | {key: value}
+    fields = json.loads(frame_meta().to_json()) | {key: value}
     meta, error = attempt(FrameMeta.from_json, json.dumps(fields).encode())
     assert str(error) if meta is None else meta.extrinsics.shape == (3, 4)
 
