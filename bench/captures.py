@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Captures:
     folder: Path
     sequence_count: int
     frame_count: int
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.made = [self._sequence(i) for i in range(self.sequence_count)]

@@ -31,7 +31,7 @@ from prep.co3d import Co3D, OfficialCo3D
 from prep.executors import dask_cluster, process_pool
 from prep.pack import PackOptions, PackResult, ShardDone, pack
 from prep.synth import SynthOptions, synth
-from shards.schema import SPLITS
+from shards.schema import REPORT_FILE, SPLITS
 
 console = Console(highlight=False)
 
@@ -235,8 +235,8 @@ def print_pack(out: Path, result: PackResult) -> None:
     for split, counts in result.splits.items():
         table.add_row(split, f"{counts['sequences']:,}", f"{counts['frames']:,}")
     console.print(table)
-    if result.skipped:
-        click.echo(f"{counted(result.skipped, 'annotated sequence')} skipped: their folders are not there")
+    for reason, count in result.skipped.items():
+        click.echo(f"{counted(count, 'annotated sequence')} skipped: {reason}")
     if result.without_depth:
         click.echo(f"{counted(result.without_depth, 'frame')} without depth: for cameras only")
     if result.short:
@@ -244,7 +244,9 @@ def print_pack(out: Path, result: PackResult) -> None:
     for reason, count in result.reasons.most_common():
         click.echo(f"{counted(count, 'frame')} left out: {reason}")
     if result.bad or result.short:
-        click.echo(f"each is listed in {out / 'report.json'}")
+        click.echo(f"each is listed in {out / REPORT_FILE}")
+    if not (out / REPORT_FILE).exists():
+        click.echo(f"{out / REPORT_FILE} is gone: what was left out is not known")
 
 
 @main.command("synth")
@@ -334,7 +336,8 @@ def verify_command(shard_set: str, sample: float, workers: int) -> None:
     if result.problems:
         found = counted(len(result.problems), "problem")
         raise click.ClickException(
-            f"{shard_set}: {found}, said above. Copy these files again, or remove the set and pack again"
+            f"{shard_set}: {found}, said above. Copy these files again; or remove them, and the command that packed "
+            "the set makes just these anew"
         )
     frames = counted(result.frames, "frame")
     click.echo(f"{shard_set}: {result.tars:,} of {counted(result.all_tars, 'tar')} checked: {frames} as packed")

@@ -14,10 +14,11 @@ CO3D_DIR/<category>/frame_annotations.jgz     [{sequence_name, image, depth, vie
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
+import math
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,10 +26,12 @@ from typing import Any
 
 from prep.cameras import read_camera
 from prep.source import Frame, Sequence
+from shards.index import sha256
 from shards.schema import SPLITS
 
 ANNOTATION_NAME = re.compile(r"(?P<category>.+)_(?P<split>train|test)\.jgz")
 FRAME_FILE, SEQUENCE_FILE, SET_LISTS = "frame_annotations.jgz", "sequence_annotations.jgz", "set_lists"
+NO_FOLDER = "their folders are not there"
 OFFICIAL_SPLITS = {"train": ("train",), "test": ("val", "test")}
 
 
@@ -66,21 +69,21 @@ class Co3D:
         }
         if not self.files:
             raise ValueError(f"{annotation_dir}: no annotation file is left for these --split and --category")
-        self._skipped: set[tuple[str, str]] = set()
+        self._skipped = defaultdict[str, set[tuple[str, str]]](set)
 
     @property
-    def skipped(self) -> int:
-        return len(self._skipped)
+    def skipped(self) -> dict[str, int]:
+        return {reason: len(names) for reason, names in self._skipped.items()}
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "co3d", "annotations": {path.name: _sha256(path) for path in self.files.values()}}
+        return {"kind": "co3d", "annotations": {path.name: sha256(path) for path in self.files.values()}}
 
     def sequences(self) -> Iterator[Sequence]:
         for (split, category), path in self.files.items():
             for name, entries in sorted(read_annotations(path).items()):
                 folder = self.co3d_dir / category / name
                 if not folder.is_dir():
-                    self._skipped.add((category, name))
+                    self._skipped[NO_FOLDER].add((category, name))
                     continue
                 has_depth = (folder / "depths").is_dir()
                 make = partial(self._frame, category, name, has_depth)
@@ -89,14 +92,13 @@ class Co3D:
     def _frame(self, category: str, sequence: str, has_depth: bool, entry: Any) -> Frame:
         path = _inside(category, sequence, "images", entry.get("filepath") if isinstance(entry, dict) else None)
         folder = self.co3d_dir / category / sequence
-        mask = folder / "depth_masks" / f"{path.stem}.png"
         return Frame(
             name=path.stem,
             path=str(path),
             image=self.co3d_dir / path,
             size=None,
             depth=folder / "depths" / f"{path.name}.geometric.png" if has_depth else None,
-            mask=mask if mask.exists() else None,
+            mask=folder / "depth_masks" / f"{path.stem}.png",
             depth_scale=1.0,
             camera=read_camera(entry),
         )
@@ -126,21 +128,23 @@ class OfficialCo3D:
                 "give their directory as --annotation-dir"
             )
         _check_categories(categories, set(annotated), co3d_dir)
+        if min_quality is not None and not math.isfinite(min_quality):
+            raise ValueError(f"--min-quality {min_quality}: expected a number")
         self.co3d_dir, self.set_list, self.min_quality = co3d_dir, set_list, min_quality
         self.splits = tuple(split for split in SPLITS if splits is None or split in splits)
         self.categories = [category for category in annotated if categories is None or category in categories]
         for category in self.categories:
             self._set_list_file(category)
-        self._skipped: set[tuple[str, str]] = set()
+        self._skipped = defaultdict[str, set[tuple[str, str]]](set)
 
     @property
-    def skipped(self) -> int:
-        return len(self._skipped)
+    def skipped(self) -> dict[str, int]:
+        return {reason: len(names) for reason, names in self._skipped.items()}
 
     def describe(self) -> dict[str, Any]:
         files = [self._set_list_file(category) for category in self.categories]
         files += [self.co3d_dir / c / name for c in self.categories for name in (FRAME_FILE, SEQUENCE_FILE)]
-        digests = {path.relative_to(self.co3d_dir).as_posix(): _sha256(path) for path in files if path.exists()}
+        digests = {path.relative_to(self.co3d_dir).as_posix(): sha256(path) for path in files if path.exists()}
         return {"kind": "co3d-official", "annotations": digests, "min_quality": self.min_quality}
 
     def sequences(self) -> Iterator[Sequence]:
@@ -162,11 +166,11 @@ class OfficialCo3D:
             by_sequence.setdefault(name, []).append({"filepath": path})
         for name, entries in sorted(by_sequence.items()):
             if good is not None and name not in good:
-                continue
-            if (self.co3d_dir / category / _sequence_name(name, self._set_list_file(category))).is_dir():
+                self._skipped[f"viewpoint quality below {self.min_quality:g}, or not known"].add((category, name))
+            elif (self.co3d_dir / category / _sequence_name(name, self._set_list_file(category))).is_dir():
                 yield _sequence(split, category, name, entries, partial(self._frame, category, name))
             else:
-                self._skipped.add((category, name))
+                self._skipped[NO_FOLDER].add((category, name))
 
     def _frame(self, category: str, sequence: str, entry: dict[str, Any]) -> Frame:
         if "sequence_name" not in entry:
@@ -185,14 +189,13 @@ class OfficialCo3D:
         scale = depth.get("scale_adjustment")
         if scale is not None and (not isinstance(scale, int | float) or not 0 < scale < 1e30):
             raise ValueError("annotation whose scale_adjustment is not a positive number")
-        mask = places["mask_path"]
         return Frame(
             name=path.stem,
             path=str(path),
             image=self.co3d_dir / path,
             size=None if size is None else (size[0], size[1]),
             depth=places["path"],
-            mask=mask if mask is not None and mask.exists() else None,
+            mask=places["mask_path"],
             depth_scale=1.0 if scale is None else float(scale),
             camera=read_camera(entry.get("viewpoint")),
         )
@@ -272,11 +275,6 @@ def _check_categories(wanted: tuple[str, ...] | None, annotated: set[str], where
         raise ValueError(
             f"--category {', '.join(missing)}: not annotated in {where}, which has {', '.join(sorted(annotated))}"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sequence_name(name: Any, path: Path) -> str:

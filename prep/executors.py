@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
+
+log = logging.getLogger(__name__)
+
+IDLE_CHECK = 10  # seconds
 
 
 @contextmanager
@@ -30,6 +36,7 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
     try:
         yield pool
     except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
         raise
@@ -38,8 +45,12 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it however it ends: an orphan would wait for work for ever."""
+    """Leave Ctrl-C to the parent, and end with it however it ends: an orphan would wait for work for ever.
+
+    When terminated, a task ends by an exception, so that it removes its temporary files.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -74,7 +85,19 @@ def dask_cluster(address: str) -> Iterator[tuple[Executor, int]]:
         threads = sum(cast(dict[str, int], client.nthreads()).values())
         if not threads:
             raise ValueError(f"--scheduler {address}: has no workers")
+        ended = threading.Event()
+        threading.Thread(target=_say_when_idle, args=(client, address, ended), daemon=True).start()
         try:
             yield client.get_executor(pure=False), threads
         except (KilledWorker, FutureCancelledError, CancelledError) as error:
             raise ValueError(f"--scheduler {address}: workers or the scheduler were lost ({error})") from error
+        finally:
+            ended.set()
+
+
+def _say_when_idle(client: Any, address: str, ended: threading.Event) -> None:
+    """Dask waits for workers for ever, as they may come back; whoever looks on must know that it does."""
+    while not ended.wait(IDLE_CHECK):
+        with suppress(OSError):  # the scheduler is gone: its tasks fail, too
+            if not client.nthreads():
+                log.warning("--scheduler %s: has no workers left; waiting for some to come", address)

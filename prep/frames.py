@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,9 @@ def _stored_depth(
     """Half floats of the stored size, 0 where unknown: picked from the source's pixels, never averaged."""
     assert frame.depth is not None
     bits = _read_png(frame.depth, "depth", np.uint16)
-    mask = None if frame.mask is None else _read_png(frame.mask, "depth mask", np.uint8)
+    mask = None
+    if frame.mask is not None and os.path.exists(frame.mask):
+        mask = _read_png(frame.mask, "depth mask", np.uint8)
     for name, array in (("depth", bits), ("depth mask", mask)):
         if array is not None and array.shape != source:
             raise BadFrameError(f"{name} is not of the image's size", f"{array.shape} against {source}")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ import cv2
 import shards
 from prep.frames import BadFrameError, FrameOptions, pack_frame
 from prep.source import Sequence, Source
-from shards.index import TarIndex, index_file, read_dataset, write_index
+from shards.index import TarIndex, index_file, read_dataset, sha256, write_index
 from shards.schema import DATASET_FILE, DEPTH, JPEG, META, REPORT_FILE, WORK_FOLDER, member_key
 from shards.writer import write_json, write_tar
 
 JOB_FILE = "job.json"
 PATIENCE = 90  # seconds
 LOCK_FILE = "lock"
+NOTHING_LEFT_OUT = {"bad": [], "short": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,29 @@ class ShardJob:
     split: str
     name: str
     sequences: list[Sequence]
+    former: Former | None = None
+
+
+@dataclass(frozen=True)
+class Former:
+    """What a finished set says of a shard: its tar, and what was left out of it as in PackResult."""
+
+    sha256: str
+    bad: list[tuple[str, str, str]]
+    short: list[tuple[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackResult:
-    """What a pack did. bad: (path, reason, detail); short: (split/category/sequence, usable frames)."""
+    """What a pack did. skipped: reason -> sequences that the source did not give.
+
+    bad: (path, reason, detail); short: (split/category/sequence, usable frames).
+    """
 
     splits: dict[str, dict[str, int]]
     bytes: int
     without_depth: int
-    skipped: int
+    skipped: dict[str, int]
     bad: list[tuple[str, str, str]]
     short: list[tuple[str, int]]
 
@@ -100,15 +114,15 @@ def pack(
     plan = [_planned(job) for job in _jobs(source, options)]
     total = sum(entry.frames for entry in plan)
     if not total:
-        raise PackError(
-            f"no frame to pack: {source.skipped} annotated sequences, but no folder of any; is --co3d-dir right?"
-        )
+        reasons = "".join(f"; {count} annotated sequences skipped: {why}" for why, count in source.skipped.items())
+        raise PackError(f"no frame to pack{reasons}")
     job = {
         "source": source.describe() | {"plan": _digest([asdict(entry) for entry in plan])},
         "options": asdict(options),
     }
+    _check_place(out, job)
     work = out / WORK_FOLDER
-    if _already_packed(out, job):
+    if _is_whole(out):
         shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
         on_plan(total, total)
         return _result(out, source.skipped)
@@ -120,7 +134,7 @@ def pack(
         most_bad = max_bad * total
         kept = _kept(out, plan, most_bad)
         on_plan(total, sum(entry.frames for entry in plan if entry.name in kept))
-        missing = _same_jobs(source, out, options, plan, kept)
+        missing = _missing_jobs(source, out, options, plan, kept, _formers(out, most_bad))
         _run(missing, out, options, executor, parallel, on_shard, most_bad - sum(kept.values()))
         _finish(out, job, [entry.name for entry in plan], most_bad)
     return _result(out, source.skipped)
@@ -128,22 +142,22 @@ def pack(
 
 @dataclass(frozen=True)
 class Planned:
-    """A shard of the plan. sequences: category, name, annotated frames, and how many have depth and a mask."""
+    """A shard of the plan. sequences: category, name, annotated frames, and how many have depth."""
 
     split: str
     name: str
-    sequences: list[tuple[str, str, int, int, int]]
+    sequences: list[tuple[str, str, int, int]]
 
     @property
     def frames(self) -> int:
-        return sum(count for _, _, count, _, _ in self.sequences)
+        return sum(count for _, _, count, _ in self.sequences)
 
 
 def _planned(job: ShardJob) -> Planned:
     rows = []
     for sequence in job.sequences:
-        depths, masks = (sum(getattr(f, what) is not None for f in sequence.frames) for what in ("depth", "mask"))
-        rows.append((sequence.category, sequence.name, sequence.annotated, depths, masks))
+        depths = sum(frame.depth is not None for frame in sequence.frames)
+        rows.append((sequence.category, sequence.name, sequence.annotated, depths))
     return Planned(job.split, job.name, rows)
 
 
@@ -161,15 +175,36 @@ def _kept(out: Path, plan: list[Planned], most_bad: float) -> dict[str, int]:
     return kept
 
 
-def _same_jobs(
-    source: Source, out: Path, options: PackOptions, plan: list[Planned], kept: dict[str, int]
+def _formers(out: Path, most_bad: float) -> dict[str, Former]:
+    """The shards of a finished set that lost some file: those of its tars that are as they were stay.
+
+    Empty if there was no such set, or its report is gone: then nobody knows what was left out.
+    """
+    report = _read_report(out)
+    if not (out / DATASET_FILE).exists() or report is None:
+        return {}
+    dataset = _read_record(out / DATASET_FILE)
+    names = [tar.removesuffix(".tar") for tar in dataset["tars"]]
+    formers = {n: Former(dataset["files"][f"{n}.tar"]["sha256"], **report.get(n, NOTHING_LEFT_OUT)) for n in names}
+    if sum(len(former.bad) for former in formers.values()) <= most_bad:
+        return formers
+    return {name: former for name, former in formers.items() if not former.bad}  # as _kept does
+
+
+def _missing_jobs(
+    source: Source,
+    out: Path,
+    options: PackOptions,
+    plan: list[Planned],
+    kept: dict[str, int],
+    formers: dict[str, Former],
 ) -> Iterator[ShardJob]:
     """The jobs of the shards that are not kept. Raises PackError if the dataset is no longer what was planned."""
     for planned, job in zip_longest(plan, _jobs(source, options)):
         if planned is None or job is None or _planned(job) != planned:
             raise PackError(f"the dataset changed while it was packed: remove {out}, and run again when it is complete")
         if job.name not in kept:
-            yield job
+            yield replace(job, former=formers.get(job.name))
 
 
 def _report(out: Path, name: str) -> dict[str, Any]:
@@ -180,16 +215,14 @@ def _finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -
     """Write the report of all shards that were made and then, unless too much is bad, the index."""
     work = out / WORK_FOLDER
     reports = {name: _report(out, name) for name in names if _is_done(out, name)}
-    report = {
-        "bad": [entry for part in reports.values() for entry in part["bad"]],
-        "short": [entry for part in reports.values() for entry in part["short"]],
-    }
-    write_json(out / REPORT_FILE, report)
-    if len(report["bad"]) > most_bad:
-        reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in report["bad"]).most_common())
+    left_out = {name: {"bad": part["bad"], "short": part["short"]} for name, part in reports.items()}
+    write_json(out / REPORT_FILE, {name: part for name, part in left_out.items() if part != NOTHING_LEFT_OUT})
+    bad = [entry for part in reports.values() for entry in part["bad"]]
+    if len(bad) > most_bad:
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in bad).most_common())
         so_far = "" if len(reports) == len(names) else f" in {len(reports)} of {len(names)} shards"
         raise PackError(
-            f"{len(report['bad'])} frames are bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
+            f"{len(bad)} frames are bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
             f"each is listed in {out / REPORT_FILE}. Mend the dataset, or allow more, and run again: "
             "what is good is kept"
         )
@@ -226,20 +259,16 @@ def _digest(plan: list[Any]) -> str:
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
-def _already_packed(out: Path, job: dict[str, Any]) -> bool:
-    """Whether `out` is complete. Raises PackError if it holds a pack of something else, or other files."""
+def _check_place(out: Path, job: dict[str, Any]) -> None:
+    """Raises PackError unless `out` is free, or holds what this job has made so far."""
     for path in (out / DATASET_FILE, out / WORK_FOLDER / JOB_FILE):
         if path.is_file():
             _check_same(out, _read_record(path), job)
-            if path.name == DATASET_FILE and not _is_whole(out):
-                path.unlink()  # a file is missing or cut off: make the set again
-                return False
-            return path.name == DATASET_FILE
+            return
     if out.exists() and not out.is_dir():
         raise PackError(f"{out}: expected a directory")
     if out.is_dir() and any(path.name not in (WORK_FOLDER, REPORT_FILE) for path in out.iterdir()):
         raise PackError(f"{out}: not empty, and holds no shards; give another --out")
-    return False
 
 
 def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -298,6 +327,7 @@ def _run(
     A few more jobs are submitted than run at once: memory does not grow with the dataset.
     """
     pending: dict[Future[ShardDone], str] = {}
+    stamp = sha256(out / WORK_FOLDER / JOB_FILE)
     bad = 0
 
     def take(all_but: int) -> None:
@@ -309,14 +339,15 @@ def _run(
 
     try:
         for job in jobs:
-            pending[executor.submit(pack_shard, job, out, options)] = job.name
+            pending[executor.submit(pack_shard, job, out, options, stamp)] = job.name
             take(all_but=2 * parallel)
             if bad > most_bad:
-                return
+                break
         take(all_but=0)
     finally:
         for future in pending:
             future.cancel()
+    wait(pending)  # those that run cannot be cancelled, and still write
 
 
 def _collect(pending: dict[Future[ShardDone], str], out: Path) -> Iterator[ShardDone]:
@@ -343,21 +374,42 @@ def _is_done(out: Path, name: str) -> bool:
     return index is None or (tar.is_file() and tar.stat().st_size == index["size"])
 
 
-def pack_shard(job: ShardJob, out: Path, options: PackOptions) -> ShardDone:
-    """Make one shard: its tar in `out`, then its rows of the index, then its report. Runs in a worker."""
+def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> ShardDone:
+    """Make one shard: its tar in `out`, then its rows of the index, then its report. Runs in a worker.
+
+    stamp: SHA-256 of the record of the pack this is for. Raises PackError if `out` now holds another one: a worker of
+    a cluster may come to this long after who asked for it is gone.
+    """
+    record = out / WORK_FOLDER / JOB_FILE
+    if record.exists() and sha256(record) != stamp:
+        raise PackError(f"{out}: another pack was begun there")
     cv2.setNumThreads(1)  # there is a worker a core
-    bad: list[tuple[str, str, str]] = []
-    short: list[tuple[str, int]] = []
-    samples = chain.from_iterable(_samples(sequence, options, bad, short) for sequence in job.sequences)
-    index = None
-    first = next(samples, None)
-    if first is not None:
-        write_tar(out / f"{job.name}.tar", chain([first], samples))
-        made = index_file(out / f"{job.name}.tar", out / WORK_FOLDER)
+    tar, former, index = out / f"{job.name}.tar", job.former, None
+    if former is not None and tar.is_file() and sha256(tar) == former.sha256:
+        bad, short, held = former.bad, former.short, True
+    else:
+        bad, short, held = _write_shard(tar, job.sequences, options)
+    if held:
+        made = index_file(tar, out / WORK_FOLDER)
         index = {"size": made.size, "sha256": made.sha256, "sequences": made.sequences}
     write_json(out / WORK_FOLDER / f"{job.name}.json", {"index": index, "bad": bad, "short": short})
     annotated = sum(sequence.annotated for sequence in job.sequences)
     return ShardDone(frames=annotated, bytes=index["size"] if index else 0, bad=len(bad))
+
+
+def _write_shard(
+    tar: Path, sequences: list[Sequence], options: PackOptions
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, int]], bool]:
+    """What is left out, bad and short, and whether there is a tar: not if nothing is left."""
+    bad: list[tuple[str, str, str]] = []
+    short: list[tuple[str, int]] = []
+    samples = chain.from_iterable(_samples(sequence, options, bad, short) for sequence in sequences)
+    first = next(samples, None)
+    if first is None:
+        tar.unlink(missing_ok=True)  # of a former pack
+        return bad, short, False
+    write_tar(tar, chain([first], samples))
+    return bad, short, True
 
 
 def _samples(
@@ -381,14 +433,25 @@ def _samples(
     return []
 
 
-def _result(out: Path, skipped: int) -> PackResult:
+def _read_report(out: Path) -> dict[str, Any] | None:
+    """Shard -> what was left out of it, for shards of which something was. None if the report is gone."""
+    path = out / REPORT_FILE
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise PackError(f"{path}: damaged ({error}); remove it") from error
+
+
+def _result(out: Path, skipped: dict[str, int]) -> PackResult:
     opened = shards.open(out)
-    report = json.loads((out / REPORT_FILE).read_bytes())
+    parts = (_read_report(out) or {}).values()
     return PackResult(
         splits=opened.dataset["splits"],
         bytes=sum(entry["size"] for entry in opened.dataset["files"].values()),
         without_depth=int((opened.frames["depth_size"] == 0).sum()),
         skipped=skipped,
-        bad=[tuple(entry) for entry in report["bad"]],
-        short=[tuple(entry) for entry in report["short"]],
+        bad=[tuple(entry) for part in parts for entry in part["bad"]],
+        short=[tuple(entry) for part in parts for entry in part["short"]],
     )

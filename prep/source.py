@@ -34,7 +34,7 @@ class Frame:
     image: Path
     size: tuple[int, int] | None  # height and width that the dataset says the image has
     depth: Path | None  # 16-bit PNG of half floats; None: camera only
-    mask: Path | None  # 8-bit PNG, depth counts where > 128; None: everywhere
+    mask: Path | None  # 8-bit PNG, depth counts where > 128; None, or no such file: everywhere
     depth_scale: float
     camera: Camera
 
@@ -62,6 +62,6 @@ class Source(Protocol):
         ...
 
     @property
-    def skipped(self) -> int:
-        """Annotated sequences whose files are not here, counted by sequences()."""
+    def skipped(self) -> dict[str, int]:
+        """Reason -> how many annotated sequences sequences() did not give, such as those whose files are not here."""
         ...

@@ -17,6 +17,7 @@ from prep.frames import check_camera
 from shards.codecs import decode_depth, jpeg_size
 from shards.index import MEND, complete_rows, index_tar, sha256
 from shards.schema import DATASET_FILE, DEPTH, FRAMES_FILE, JPEG, SEQUENCES_FILE, row_crc
+from shards.storage import LocalStorage
 
 SAMPLE_SEED = 0
 
@@ -113,7 +114,8 @@ def verify_tar(shard_set: shards.ShardSet, check: TarCheck) -> list[str]:
             found = (
                 [] if sha256(path) == shard_set.dataset["files"][name]["sha256"] else ["not the bytes that were packed"]
             )
-            found += [*_frame_problems(shard_set, check), *_index_problems(shard_set, check, path)]
+            copied = shard_set.with_tars_at(LocalStorage(path.parent))
+            found += [*_frame_problems(copied, check), *_index_problems(shard_set, check, path)]
             found += _stock_problems(shard_set, check, path)
     except OSError as error:
         found = [str(error)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -69,7 +70,9 @@ def open(location: str | Path) -> ShardSet:  # noqa: A001
             state = "is missing" if size is None else f"has {size} bytes, not {files[name]['size']}"
             advice = MEND if name in (FRAMES_FILE, SEQUENCES_FILE) else "copy or pack it again"
             raise ValueError(f"{storage}/{name}: {state} as {DATASET_FILE} says; {advice}")
-    return ShardSet(storage=storage, dataset=dataset)
+    opened = ShardSet(storage=storage, dataset=dataset)
+    opened.refresh_index()
+    return opened
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,34 @@ class ShardSet:
         """Where a file of the index lies on this machine; that of a remote set is fetched once."""
         if isinstance(self.storage, LocalStorage):
             return self.storage.root / name
-        entry = self.dataset["files"][name]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vggt-shards"
-        path = folder / entry["sha256"] / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = self.storage.read(name)
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise StorageError(f"{self.storage}/{name}: not the one that {DATASET_FILE} describes; copy it again")
-            with atomic_file(path) as file:
-                file.write(data)
+        path = folder / self.dataset["files"][name]["sha256"] / name
+        if not path.is_file():
+            self._fetch(name, path)
         return path
+
+    def _fetch(self, name: str, path: Path) -> None:
+        """Keep a copy of a file of a remote index under this path. Raises StorageError if it is another one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.storage.local_copy(name) as copy:
+            if sha256(copy) != self.dataset["files"][name]["sha256"]:
+                raise StorageError(f"{self.storage}/{name}: not the one that {DATASET_FILE} describes; copy it again")
+            with copy.open("rb") as source, atomic_file(path) as file:
+                shutil.copyfileobj(source, file)
+
+    def refresh_index(self) -> None:
+        """Fetch the index of a remote set, again if the copies on this machine are damaged."""
+        if not isinstance(self.storage, LocalStorage):
+            for name in (FRAMES_FILE, SEQUENCES_FILE):
+                path = self.index_path(name)
+                if sha256(path) != self.dataset["files"][name]["sha256"]:
+                    self._fetch(name, path)
+
+    def with_tars_at(self, storage: Storage) -> ShardSet:
+        """The same set whose tars are read elsewhere, such as from copies; the index stays. For this process."""
+        moved = ShardSet(storage=storage, dataset=self.dataset)
+        vars(moved).update(frames=self.frames, sequences=self.sequences)
+        return moved
 
     @cached_property
     def digest(self) -> str:

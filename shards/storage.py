@@ -8,11 +8,11 @@ import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
@@ -20,6 +20,9 @@ from fsspec.utils import get_protocol
 log = logging.getLogger(__name__)
 
 RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost connection, is waited for
+HTTP_PATIENCE = 30  # seconds
+
+Result = TypeVar("Result")
 
 
 class StorageError(OSError):
@@ -68,6 +71,7 @@ def storage_at(location: str | Path) -> Storage:
 class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root
+        _forget(root)
 
     def __str__(self) -> str:
         return str(self.root)
@@ -84,7 +88,7 @@ class LocalStorage:
         for span in spans:
             path = self.root / span.file
             with _said(str(path)), _lock:
-                parts.append(os.pread(_descriptor(os.getpid(), path), span.end - span.start, span.start))
+                parts.append(os.pread(_descriptor(path), span.end - span.start, span.start))
         return parts
 
     @contextmanager
@@ -95,33 +99,31 @@ class LocalStorage:
 class RemoteStorage:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        _filesystem(os.getpid(), self.url)
+        _filesystem(self.url)
 
     def __str__(self) -> str:
         return self.url
 
     def sizes(self, names: list[str]) -> list[int | None]:
-        fs, root = _filesystem(os.getpid(), self.url)
-        with _said(self.url):
-            try:
-                return fs.sizes([f"{root}/{name}" for name in names])
-            except FileNotFoundError:  # of one of them
-                return [fs.size(path) if fs.exists(path := f"{root}/{name}") else None for name in names]
+        fs, root = _filesystem(self.url)
+        try:
+            return _tried(self.url, lambda: fs.sizes([f"{root}/{name}" for name in names]))
+        except FileNotFoundError:  # of one of them
+            return [self._size(name) for name in names]
+
+    def _size(self, name: str) -> int | None:
+        fs, root = _filesystem(self.url)
+        try:
+            return _tried(f"{self.url}/{name}", lambda: fs.size(f"{root}/{name}"))
+        except FileNotFoundError:
+            return None
 
     def read(self, name: str) -> bytes:
-        fs, root = _filesystem(os.getpid(), self.url)
-        for pause in RETRY_PAUSES:
-            try:
-                with _said(f"{self.url}/{name}"):
-                    return fs.cat_file(f"{root}/{name}")
-            except StorageError as error:
-                log.warning("%s; trying again in %g s", error, pause)
-                time.sleep(pause)
-        with _said(f"{self.url}/{name}"):
-            return fs.cat_file(f"{root}/{name}")
+        fs, root = _filesystem(self.url)
+        return _tried(f"{self.url}/{name}", lambda: fs.cat_file(f"{root}/{name}"))
 
     def read_spans(self, spans: list[Span]) -> list[bytes]:
-        fs, root = _filesystem(os.getpid(), self.url)
+        fs, root = _filesystem(self.url)
         parts: dict[Span, bytes] = {}
         missing = spans
         for pause in (*RETRY_PAUSES, None):
@@ -141,11 +143,23 @@ class RemoteStorage:
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
-        fs, root = _filesystem(os.getpid(), self.url)
+        fs, root = _filesystem(self.url)
         with TemporaryDirectory() as folder:
-            with _said(f"{self.url}/{name}"):
-                fs.get_file(f"{root}/{name}", f"{folder}/{name}")
+            _tried(f"{self.url}/{name}", lambda: fs.get_file(f"{root}/{name}", f"{folder}/{name}"))
             yield Path(folder) / name
+
+
+def _tried(where: str, call: Callable[[], Result]) -> Result:
+    """What a call gives, tried again while storage fails. Raises FileNotFoundError at once, StorageError at last."""
+    for pause in RETRY_PAUSES:
+        try:
+            with _said(where):
+                return call()
+        except StorageError as error:
+            log.warning("%s; trying again in %g s", error, pause)
+            time.sleep(pause)
+    with _said(where):
+        return call()
 
 
 def _is_final(answer: bytes | Exception) -> bool:
@@ -177,23 +191,52 @@ def _said(where: str) -> Iterator[None]:
 
 
 MAX_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # a process
-_descriptors: OrderedDict[tuple[int, Path], int] = OrderedDict()
+_descriptors: OrderedDict[Path, int] = OrderedDict()
 _lock = threading.Lock()  # a thread that reads ahead and one that replaces a frame share descriptors
-_filesystems: dict[tuple[int, str], tuple[Any, str]] = {}
+_filesystems: dict[str, tuple[Any, str]] = {}
 
 
-def _descriptor(process: int, path: Path) -> int:
-    """An open file of this process. Keyed by process: a descriptor inherited through fork is not trusted."""
-    if (process, path) not in _descriptors:
-        _descriptors[process, path] = os.open(path, os.O_RDONLY)
+def _descriptor(path: Path) -> int:
+    """A file that stays open, of a limited number of them."""
+    if path not in _descriptors:
+        _descriptors[path] = os.open(path, os.O_RDONLY)
         if len(_descriptors) > MAX_OPEN_FILES:
             os.close(_descriptors.popitem(last=False)[1])
-    _descriptors.move_to_end((process, path))
-    return _descriptors[process, path]
+    _descriptors.move_to_end(path)
+    return _descriptors[path]
 
 
-def _filesystem(process: int, url: str) -> tuple[Any, str]:
-    """The file system of a URL and the root in it. Keyed by process, as those of fsspec do not survive a fork."""
-    if (process, url) not in _filesystems:
-        _filesystems[process, url] = url_to_fs(url, skip_instance_cache=True)
-    return _filesystems[process, url]
+def _forget(root: Path) -> None:
+    """Close the files of a folder: a set that is opened may have taken the place of another."""
+    with _lock:
+        for path in [path for path in _descriptors if path.parent == root]:
+            os.close(_descriptors.pop(path))
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the root in it."""
+    if url not in _filesystems:
+        _filesystems[url] = url_to_fs(url, skip_instance_cache=True, **_http_options(url))
+    return _filesystems[url]
+
+
+def _http_options(url: str) -> dict[str, Any]:
+    """A server that falls silent is an error after half a minute, where aiohttp would wait for five."""
+    if get_protocol(url) not in ("http", "https"):
+        return {}
+    try:
+        from aiohttp import ClientTimeout
+    except ImportError as error:
+        raise ImportError(f"it needs the extra `http`: pip install -e '.[http]' ({error})") from error
+    timeout = ClientTimeout(total=None, sock_connect=HTTP_PATIENCE, sock_read=HTTP_PATIENCE)
+    return {"client_kwargs": {"timeout": timeout}}
+
+
+def _start_anew() -> None:
+    """After a fork: another thread may have held the lock, and sessions of fsspec belong to the parent."""
+    global _lock
+    _lock = threading.Lock()
+    _filesystems.clear()
+
+
+os.register_at_fork(after_in_child=_start_anew)

@@ -188,6 +188,19 @@ def test_sequences_of_low_or_unknown_quality_are_no_part_of_it(official):
     assert {name for _, c, name in set(everything) - set(good) if c == category} == left_out
 
 
+def test_sequences_that_are_left_out_are_counted_by_reason(official, tmp_path):
+    category = official.first[0]
+    official.sequences[category][0]["viewpoint_quality_score"] = 0.4
+    official.write()
+    command = ("pack", "--co3d-dir", official.folder, "--out", tmp_path / "out", "--category", category)
+    done = vggt_prep(*command, "--min-quality", 0.5)
+    assert done.returncode == 0, done.stderr
+    assert "1 annotated sequence skipped: viewpoint quality below 0.5, or not known" in done.stdout
+    none = vggt_prep(*command[:-4], "--out", tmp_path / "none", "--min-quality", 100)
+    assert none.returncode == 1
+    assert "no frame to pack; 8 annotated sequences skipped: viewpoint quality below 100" in none.stderr
+
+
 def test_null_fields_and_scales(official):
     _, frames = official.first
     frames[0]["depth"] = None
@@ -201,11 +214,6 @@ def test_null_fields_and_scales(official):
     assert [f.depth_scale for f in made[1:4]] == [1.0, 2.5, 1.0]
     assert made[3].mask is None
     assert made[4].size is None
-
-
-def damage(frame, change):
-    change(frame)
-    return frame
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from conftest import BIN, run_command, vggt_prep
 
 import shards
 from prep.cameras import OpenCVCamera
+from prep.co3d import Co3D
 from prep.executors import process_pool
-from prep.pack import PackOptions, pack
+from prep.pack import PackError, PackOptions, ShardJob, pack, pack_shard
 from prep.source import Frame, Sequence
 from shards.codecs import decode_depth
 
@@ -165,6 +166,32 @@ def test_a_second_pack_into_the_same_place_is_refused(captures, shard_dir, tmp_p
     assert tree(tmp_path / "out") == tree(shard_dir)
 
 
+def test_what_a_damaged_set_left_out_is_still_reported_when_it_is_mended(editable, tmp_path):
+    _, _, category, name = first_sequence(editable)
+    image = editable / "co3d" / category / name / "images" / "frame000003.jpg"
+    image.write_bytes(image.read_bytes()[:3000])
+    command = ("pack", *source_options(editable), "--out", tmp_path / "out", "--min-frames", 20, *PACK_OPTIONS)
+    assert vggt_prep(*command).returncode == 0
+    whole = tree(tmp_path / "out")
+    assert b"image is damaged" in whole["report.json"]
+    (tmp_path / "out" / "train-000001.tar").unlink()
+    done = vggt_prep(*command)
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "out") == whole
+    assert "1 frame left out: image is damaged" in done.stdout
+
+
+def test_a_task_of_a_pack_that_is_gone_writes_nothing(captures, tmp_path):
+    """As a Dask worker comes to it after its client was killed, and another pack was begun in the same place."""
+    source = Co3D(captures / "co3d", captures / "annotations")
+    job = ShardJob(split="train", name="train-000000", sequences=[next(source.sequences())])
+    (tmp_path / ".pack").mkdir()
+    (tmp_path / ".pack" / "job.json").write_text("{}")
+    with pytest.raises(PackError, match="another pack was begun there"):
+        pack_shard(job, tmp_path, PackOptions(), "0" * 64)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["job.json"]
+
+
 def test_options_may_be_changed_after_a_pack_that_made_nothing(captures, tmp_path):
     command = ("pack", *source_options(captures), "--out", tmp_path / "out", "--split", "test")
     failed = vggt_prep(*command, "--min-frames", 25)
@@ -273,15 +300,22 @@ def test_names_with_spaces_and_letters_of_any_language_pack(editable, tmp_path):
     assert "train/café tasse/séq 1.2 ž" in (tmp_path / "p.html").read_text()
 
 
-def test_a_damaged_set_is_made_again(captures, shard_dir, tmp_path):
+def test_of_a_damaged_set_only_what_is_damaged_is_made_again(captures, shard_dir, tmp_path):
     out = tmp_path / "set"
     shutil.copytree(shard_dir, out)
     (out / "train-000001.tar").unlink()
+    changed = out / "train-000000.tar"
+    changed.write_bytes(bytes(512) + changed.read_bytes()[512:])
+    (out / "frames.npy").unlink()
+    whole = [path for path in out.glob("*.tar") if path != changed]
+    before = {path: path.stat().st_ino for path in whole}
     (out / ".pack").mkdir()  # as a kill at the very end leaves it
     command = ("pack", *source_options(captures), "--out", out, "--short-side", 150, "--shard-frames", 60)
     done = vggt_prep(*command)
     assert done.returncode == 0, done.stderr
     assert tree(out) == tree(shard_dir)
+    assert len(before) > 1
+    assert {path: path.stat().st_ino for path in whole} == before
     (out / "dataset.json").write_text("{")
     done = vggt_prep(*command)
     assert done.returncode == 1
@@ -308,8 +342,11 @@ def test_packing_again_does_nothing_and_another_way_is_refused(captures, shard_d
     shutil.copytree(shard_dir, tmp_path / "set")
     options = ("--short-side", 150, "--shard-frames", 60)
     before = (tmp_path / "set" / "train-000000.tar").stat().st_mtime_ns
+    (tmp_path / "set" / "report.json").unlink()
     again = vggt_prep("pack", *source_options(captures), "--out", tmp_path / "set", *options)
     assert again.returncode == 0, again.stderr
+    assert "packed before: nothing to do" in again.stdout
+    assert "report.json is gone: what was left out is not known" in again.stdout
     assert (tmp_path / "set" / "train-000000.tar").stat().st_mtime_ns == before
     other = vggt_prep("pack", *source_options(captures), "--out", tmp_path / "set", "--short-side", 160)
     assert other.returncode == 1
@@ -346,7 +383,8 @@ def test_bad_frames_are_left_out_listed_and_limited(editable, tmp_path):
     done = vggt_prep(*command, "--max-bad", 0.05)
     assert done.returncode == 0, done.stderr
     assert "1 frame left out: image is damaged" in done.stdout
-    bad = json.loads((tmp_path / "out" / "report.json").read_text())["bad"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    bad = [entry for shard in report.values() for entry in shard["bad"]]
     assert sorted(entry[1] for entry in bad) == [
         "annotated path is not <category>/<sequence>/images/<file>",
         "annotated twice",
@@ -365,7 +403,7 @@ def test_sequences_that_are_too_short_are_left_out(editable, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 sequence left out: too few usable frames" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["short"] == [[f"train/{category}/{name}", 23]]
+    assert report == {"train-000000": {"bad": [], "short": [[f"train/{category}/{name}", 23]]}}
 
 
 def test_frames_without_depth_are_packed_as_camera_only(editable, tmp_path):
@@ -408,10 +446,9 @@ def test_info_says_what_is_there(shard_dir):
 class MyDataset:
     """Someone's own captures: what the README says another dataset takes."""
 
-    skipped = 0
-
     def __init__(self, folder):
         self.folder = folder
+        self.skipped = {}
 
     def describe(self):
         return {"kind": "mine"}

@@ -7,11 +7,15 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import time
+import zlib
 
 import fsspec
 import numpy as np
 import pytest
-from conftest import vggt_prep
+from conftest import BIN, frame_meta, vggt_prep
 from hypothesis import given
 from hypothesis import strategies as st
 from web import PlainHandler, served
@@ -19,6 +23,7 @@ from web import PlainHandler, served
 import shards
 from shards.reader import MAX_WASTE, merge_spans
 from shards.storage import Span
+from shards.writer import write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +77,6 @@ def test_the_index_of_a_remote_set_is_fetched_once(shard_dir, cache):
 
 
 def test_a_remote_frame_costs_one_request_and_hardly_more_than_its_bytes(shard_dir):
-    """Frames that lie side by side come together, where the bytes between them are few."""
     with served(shard_dir) as server:
         opened = shards.open(server.url)
         opened.read(0)
@@ -84,6 +88,20 @@ def test_a_remote_frame_costs_one_request_and_hardly_more_than_its_bytes(shard_d
         server.requests.clear()
         opened.read_many([40, 7, 7, 100])
         assert len(server.requests) == 3
+
+
+def test_frames_that_lie_side_by_side_come_in_one_request(tmp_path):
+    """Where the bytes between them are few: these are as large as photographs."""
+    data = np.random.default_rng(0).bytes(100_000)
+    meta = frame_meta(jpg_crc=zlib.crc32(data)).to_json()
+    samples = [{"__key__": f"a/b/frame{i:02d}", "jpg": data, "json": meta} for i in range(12)]
+    write_tar(tmp_path / "train-000000.tar", samples)
+    assert vggt_prep("index", tmp_path).returncode == 0
+    with served(tmp_path) as server:
+        opened = shards.open(server.url)
+        server.requests.clear()
+        assert opened.read_many(range(10)) == 10 * [(data, None)]
+        assert len(server.requests) == 1
 
 
 def test_a_server_without_ranges_is_refused_at_once(shard_dir):
@@ -150,6 +168,51 @@ def test_storage_that_fails_for_a_while_is_asked_again(shard_dir, monkeypatch, c
         opened.read(1)
 
 
+def test_a_damaged_copy_of_a_remote_index_is_fetched_again(shard_dir, cache):
+    with served(shard_dir) as server:
+        expected = shards.open(server.url).read(3)
+        for copy in cache.rglob("*.npy"):
+            damaged = bytearray(copy.read_bytes())
+            damaged[-5] ^= 1
+            copy.write_bytes(damaged)
+        assert shards.open(server.url).read(3) == expected
+
+
+def test_a_set_that_took_the_place_of_another_is_read_anew(shard_dir, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(shard_dir, out)
+    shards.open(out).read(0)
+    shutil.rmtree(out)
+    parts = [path.read_bytes() for path in sorted(shard_dir.glob("train-*.tar"))]
+    out.mkdir()
+    (out / "train-000000.tar").write_bytes(parts[1])
+    assert vggt_prep("index", out).returncode == 0
+    opened = shards.open(out)
+    assert opened.read(0) != shards.open(shard_dir).read(0)
+
+
+def test_a_server_that_falls_silent_is_an_error_that_names_it(shard_dir, monkeypatch):
+    monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
+    monkeypatch.setattr(shards.storage, "HTTP_PATIENCE", 0.3)
+    with served(shard_dir) as server:
+        opened = shards.open(server.url)
+        server.latency = 1
+        with pytest.raises(shards.StorageError, match=rf"{server.url}/.*\.tar: not to be read in 2 tries"):
+            opened.read(0)
+
+
+def test_a_fork_while_another_thread_reads_does_not_hang(shard_dir):
+    opened = shards.open(shard_dir)
+    expected = opened.read(3)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with shards.storage._lock:  # as that thread holds it
+        child = context.Process(target=read_in_child, args=(opened, 3, queue))
+        child.start()
+    assert queue.get(timeout=60)[1] == expected
+    child.join()
+
+
 def test_storage_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
     with served("/") as server:
@@ -192,6 +255,39 @@ def test_the_commands_take_urls(shard_dir, tmp_path):
         for command in (("info",), ("verify", "--sample", 0.3), ("preview", "--out", tmp_path / "p.html")):
             done = vggt_prep(command[0], server.url, *command[1:], XDG_CACHE_HOME=str(tmp_path))
             assert done.returncode == 0, done.stderr
+
+
+def test_verify_transfers_a_remote_tar_once(shard_dir, tmp_path):
+    with served(shard_dir) as server:
+        assert vggt_prep("verify", server.url, XDG_CACHE_HOME=str(tmp_path)).returncode == 0
+    tars = sorted(path for method, path, _ in server.requests if method == "GET" and path.endswith(".tar"))
+    assert tars == sorted(f"/{path.name}" for path in shard_dir.glob("*.tar"))
+
+
+def test_a_stopped_verify_leaves_no_tar_behind(shard_dir, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with served(shard_dir) as server:
+        shards.open(server.url)
+        server.latency = 0.5
+        environment = os.environ | {"TMPDIR": str(scratch)}
+        command = [BIN / "vggt-prep", "verify", server.url, "--workers", "2"]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        while not list(scratch.glob("tmp*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "stopped\n"
+    assert not list(scratch.glob("tmp*"))
 
 
 SPANS = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 300), st.integers(1, 90)), max_size=12)
