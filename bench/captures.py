@@ -63,7 +63,7 @@ class Captures:
             name=name,
             path=paths[0].name,
             image=paths[0],
-            size=None,
+            size=(camera.height, camera.width),
             depth=paths[1],
             mask=paths[2],
             depth_scale=1.0,

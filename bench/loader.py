@@ -5,7 +5,8 @@
     python bench/loader.py remote     an HTTP server that waits 50 ms before each answer, against the local set
     python bench/loader.py spread     the cost of a step's ranks and of steps, against the published sampler
 
-Rendered captures of 1440x1080 packed with the defaults, 8 views a scene, crops and aspects as in training.
+Rendered captures of 1440x1080 (or those of CO3D_DIR ANNOTATION_DIR, given after the name) packed with the defaults,
+8 views a scene, crops and aspects as in training.
 The floor: decode the same JPEGs and depths and resize each once. The plain way: OpenCV decodes the raw files in full,
 percentile of the depth, Pillow's Lanczos resize, float images, camera and world points, colour jitter on the CPU.
 """
@@ -32,10 +33,11 @@ from pairs import ratio
 from PIL import Image
 
 import shards
+from prep.co3d import Co3D
 from prep.executors import process_pool
 from prep.frames import FAR_PERCENTILE, MASK_THRESHOLD
 from prep.pack import PackOptions, pack
-from prep.source import Frame
+from prep.source import Frame, Source
 from shards.codecs import decode_depth, decode_jpeg
 from shards.index import TarIndex, index_tar, sha256, write_index
 from train.augment import apply_colour
@@ -49,9 +51,12 @@ LATENCY = 0.05  # seconds
 
 
 @contextmanager
-def packed() -> Iterator[tuple[Captures, Path]]:
+def packed() -> Iterator[tuple[Source, Path]]:
     with TemporaryDirectory() as name, process_pool(2, ["prep.pack"]) as pool:
-        source = Captures(Path(name), SEQUENCES, FRAMES)
+        if len(sys.argv) == 4:
+            source = Co3D(Path(sys.argv[2]), Path(sys.argv[3]), ("train",))
+        else:
+            source = Captures(Path(name), SEQUENCES, FRAMES)
         pack(source, Path(name) / "set", PackOptions(min_frames=1), pool, max_bad=0, parallel=2)
         yield source, Path(name) / "set"
 
@@ -97,7 +102,7 @@ def floor(split: Split) -> Callable[[], None]:
     return work
 
 
-def plain(source: Captures, split: Split) -> Callable[[], None]:
+def plain(source: Source, split: Split) -> Callable[[], None]:
     """Two images of each step: it takes long."""
     frames = cycle([frame for sequence in source.sequences() for frame in sequence.frames])
     shapes = [(step.shape.height, step.shape.width) for step in planned(split) for _ in range(2)]
@@ -255,10 +260,12 @@ def remote() -> None:
         os.environ["XDG_CACHE_HOME"] = str(path.parent)
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        for count in (1, 2, 4):
-            far, near = (partial(consume, place, count, 12) for place in (url, str(path)))
-            print(f"remote rate over local, {count} workers (at least 0.8):", medians(far, near, 5))
-        process.kill()
+        try:
+            for count in (1, 2, 4):
+                far, near = (partial(consume, place, count, 12) for place in (url, str(path)))
+                print(f"remote rate over local, {count} workers (at least 0.8):", medians(far, near, 5))
+        finally:
+            process.kill()
 
 
 def spread(ranks: int = 8, steps: int = 2000) -> None:

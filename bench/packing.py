@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
-from captures import Captures
+from captures import SHORT, Captures
 from pairs import ratio
 
 import shards
@@ -37,7 +37,7 @@ def floor(frames: list[Frame]) -> None:
     cv2.setNumThreads(1)
     for frame in frames:
         height, width = target = _target(frame)
-        image, _ = decode_jpeg(frame.image.read_bytes(), OPTIONS.short_side / 1080)
+        image, _ = decode_jpeg(frame.image.read_bytes(), OPTIONS.short_side / SHORT)
         bits, mask = (_png(path) for path in (frame.depth, frame.mask))
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         rows, columns = (
@@ -63,9 +63,9 @@ def plain(frames: list[Frame]) -> None:
 
 
 def _target(frame: Frame) -> tuple[int, int]:
-    scale = OPTIONS.short_side / 1080
-    _, k = frame.camera.opencv(0, 0)
-    return round((2 * k[1, 2] + 1) * scale), round((2 * k[0, 2] + 1) * scale)
+    assert frame.size is not None
+    height, width = (round(n * OPTIONS.short_side / min(frame.size)) for n in frame.size)
+    return height, width
 
 
 def _png(path: Path | None) -> np.ndarray:

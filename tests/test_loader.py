@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import ROOT, run_command
 from web import served
 
 import shards
@@ -28,6 +28,7 @@ from train.loader import (
     crop_scale,
     load_step,
     make_loader,
+    read_step,
     stream,
 )
 from train.plan import DataConfig, DataState, Scene, ShardSource, Step, StepShape, TrainingPlan, validation_plan
@@ -442,16 +443,73 @@ def test_storage_that_is_gone_ends_the_data_with_its_url(shard_dir, monkeypatch,
             list(batches)
 
 
-@pytest.mark.slow
-def test_open_files_and_memory_stay_flat_over_ten_thousand_scenes(split):
-    def used():
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return len(list(Path("/proc/self/fd").iterdir())), resident
+def used(pid):
+    """Open files and bytes of resident memory of a process."""
+    resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return len(list(Path(f"/proc/{pid}/fd").iterdir())), resident
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_open_files_and_memory_stay_flat_over_ten_thousand_scenes(split, workers):
+    """Of the trainer and of its workers."""
     config = DataConfig(width=56, views=(2, 2), aspect=(0.5, 0.5))
     plan = TrainingPlan(config=config, lengths=split.lengths, seed=1, max_img_per_gpu=20, world_size=1)
-    batches = iter(TrainingSteps(split, plan, 0, plan.start(), 1000))
-    measured = [used() for number, _ in enumerate(batches) if number % 100 == 99]
-    assert len(measured) == 10
-    assert measured[-1][0] == measured[1][0]
-    assert measured[-1][1] - measured[1][1] < 4e6
+    before = set(loader_processes())
+    batches = stream(lambda last: TrainingSteps(split, plan, 0, last or plan.start(), 1000), workers, pin_memory=False)
+    measured = {}
+    for number, _ in enumerate(batches):
+        if number % 100 == 99:
+            for pid in (os.getpid(), *(set(loader_processes()) - before)):
+                measured.setdefault(pid, []).append(used(pid))
+    assert len(measured) == 1 + workers
+    for rows in measured.values():
+        assert len(rows) == 10
+        assert rows[-2][0] <= rows[1][0] + workers  # a batch on its way is a file
+        assert rows[-2][1] - rows[1][1] < 6e6
+
+
+LOADED = """
+import sys
+from torch.utils.data import DataLoader
+import shards
+from train.loader import Split, TrainingSteps
+from train.plan import DataConfig, TrainingPlan
+if __name__ == "__main__":
+    split = Split([shards.open(sys.argv[1])], "train")
+    split.shard_sets[0].read(0)  # the parent has a file open
+    config = DataConfig(width=84, views=(2, 4), aspect=(0.6, 1.0))
+    plan = TrainingPlan(config=config, lengths=split.lengths, seed=1, max_img_per_gpu=8, world_size=1)
+    dataset = TrainingSteps(split, plan, 0, plan.start(), 4)
+    for batch in DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=sys.argv[2]):
+        print(batch["keys"], int(batch["images"].long().sum()), float(batch["depth"].double().sum()))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_load_the_same_however_they_start(split, shard_dir, tmp_path, method):
+    (tmp_path / "loaded.py").write_text(LOADED)
+    done = run_command("python", tmp_path / "loaded.py", shard_dir, method, timeout=100, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    expected = [
+        f"{batch['keys']} {int(batch['images'].long().sum())} {float(batch['depth'].double().sum())}"
+        for batch in steps(split, last=4)
+    ]
+    assert done.stdout.splitlines() == expected
+
+
+def test_a_step_reads_hardly_more_bytes_than_its_members_have(shard_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with served(shard_dir) as server:
+        remote = Split([shards.open(server.url)], "train")
+        plan = TrainingPlan(config=CONFIG, lengths=remote.lengths, seed=1, max_img_per_gpu=8, world_size=1)
+        server.requests.clear()
+        state, wanted = plan.start(), 0
+        for _ in range(10):
+            step = plan.step(state, 0)
+            members = read_step(remote, step)
+            distinct = {member for part in members for member in part}  # a frame that is drawn twice is read once
+            wanted += sum(len(jpeg) + len(depth) for jpeg, depth in distinct)
+            state = step.after
+        ranges = [map(int, header.removeprefix("bytes=").split("-")) for _, _, header in server.requests]
+        assert wanted <= sum(end - start + 1 for start, end in ranges) <= 1.05 * wanted

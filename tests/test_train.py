@@ -17,6 +17,9 @@ from conftest import BIN, ROOT, run_command, vggt_prep
 from golden_figures import golden_weights, load_json
 
 import shards
+from train.config import load_config
+from train.loader import Split
+from train.plan import DataState, TrainingPlan
 
 # Four steps an epoch of the smallest model on small images; every step is a checkpoint.
 SMALL = [
@@ -196,6 +199,28 @@ def test_two_processes_train_are_killed_and_resume_to_the_same_run(shard_dir, tm
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
     assert_same_run(runs[0], runs[1], 4)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_with_other_ranks_the_stream_goes_on_without_loss_or_repeat(shard_dir, tmp_path):
+    """What the checkpoints say of the data is what the plan says, whose streams tests/test_plan.py looks at."""
+    split = Split([shards.open(shard_dir)], "train")
+    state = DataState(0, (0,))
+    for last, processes in ((2, 2), (5, 1), (6, 2)):
+        done = run_trainer(shard_dir, tmp_path, *SCRATCH, f"max_steps={last}", processes=processes)
+        assert done.returncode == 0, done.stderr
+        config = load_config(tmp_path / "config.yaml", [])
+        plan = TrainingPlan(
+            config=config.data,
+            lengths=split.lengths,
+            seed=config.seed,
+            max_img_per_gpu=config.max_img_per_gpu,
+            world_size=processes,
+        )
+        for step in range(state.step + 1, last + 1):
+            state = plan.after(state)
+            assert checkpoint(tmp_path, step)["data"] == {"step": step, "positions": list(state.positions)}
 
 
 @pytest.mark.dist

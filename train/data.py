@@ -25,6 +25,7 @@ import shards
 from shards import drawing
 from train.config import TrainConfig, load_config
 from train.loader import Split, TrainingSteps, stream, worker_count
+from train.pictures import save_picture
 from train.plan import TrainingPlan
 from train.summary import describe_damage
 
@@ -90,7 +91,7 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
         print(f"damaged and replaced: {describe_damage([damaged])}")
     print_checks(checks)
     out.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(out / SHEET_FILE), draw_batch(first)[..., ::-1])
+    save_picture(out / SHEET_FILE, draw_batch(first))
     print(f"{out / SHEET_FILE}: views and depths of the first step's scenes, cropped as they are trained on")
 
 

@@ -37,7 +37,8 @@ def contact_sheet(scenes: list[SceneResult], title: str) -> np.ndarray:
 
 
 def save_picture(path: Path, image: np.ndarray) -> None:
-    cv2.imwrite(str(path), image[..., ::-1])
+    """An RGB picture [H, W, 3] as a file. Raises OSError."""
+    path.write_bytes(cv2.imencode(path.suffix, image[..., ::-1])[1].tobytes())
 
 
 def _scene_block(scene: SceneResult) -> np.ndarray:
