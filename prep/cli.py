@@ -28,8 +28,8 @@ from rich.table import Table
 
 import shards
 from prep.co3d import Co3D, OfficialCo3D
-from prep.executors import dask_cluster, process_pool
-from prep.pack import PackOptions, PackResult, ShardDone, pack
+from prep.executors import WorkerStopped, dask_cluster, process_pool
+from prep.pack import PackOptions, PackResult, ShardDone, pack, read_report
 from prep.synth import SynthOptions, synth
 from shards.schema import REPORT_FILE, SPLITS
 
@@ -53,6 +53,8 @@ def plain_errors(stopped: str = "stopped") -> Iterator[None]:
         raise Stopped(stopped) from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    except WorkerStopped as error:
+        raise click.ClickException("a worker process was told to stop; the same command goes on") from error
     except BrokenProcessPool as error:
         raise click.ClickException("a worker process died, perhaps for lack of memory: try fewer --workers") from error
 
@@ -171,8 +173,11 @@ def pack_command(
     """Pack Co3D frames, depths and cameras into tar shards with an index.
 
     With --annotation-dir the cameras are those of VGGT's annotation files, without it those that come with Co3D; then
-    --set-list says what is for training and what for testing. Interrupted, the same command goes on where it was.
-    Sequences that are annotated but not there are skipped, so a part of the download is enough.
+    --set-list says what is for training and what for testing. Sequences that are annotated but not there are skipped,
+    so a part of the download is enough.
+
+    Interrupted, the same command goes on where it was. Of a finished set it makes the tars again that are missing: to
+    mend one that vggt-prep verify finds damaged, or to take in frames that were bad, remove the tar first.
 
     \b
     vggt-prep pack --co3d-dir co3d --annotation-dir co3d_anno --out shards
@@ -245,8 +250,8 @@ def print_pack(out: Path, result: PackResult) -> None:
         click.echo(f"{counted(count, 'frame')} left out: {reason}")
     if result.bad or result.short:
         click.echo(f"each is listed in {out / REPORT_FILE}")
-    if not (out / REPORT_FILE).exists():
-        click.echo(f"{out / REPORT_FILE} is gone: what was left out is not known")
+    if read_report(out) is None:
+        click.echo(f"{out / REPORT_FILE} is gone or damaged: what was left out is not known")
 
 
 @main.command("synth")
@@ -334,11 +339,9 @@ def verify_command(shard_set: str, sample: float, workers: int) -> None:
     for problem in result.problems:
         click.echo(problem, err=True)
     if result.problems:
+        advice = "Copy these tars again; or remove them, and the command that packed the set makes just these anew"
         found = counted(len(result.problems), "problem")
-        raise click.ClickException(
-            f"{shard_set}: {found}, said above. Copy these files again; or remove them, and the command that packed "
-            "the set makes just these anew"
-        )
+        raise click.ClickException(f"{shard_set}: {found}, said above" + (f". {advice}" if result.all_tars else ""))
     frames = counted(result.frames, "frame")
     click.echo(f"{shard_set}: {result.tars:,} of {counted(result.all_tars, 'tar')} checked: {frames} as packed")
 

@@ -31,7 +31,7 @@ from shards.schema import SPLITS
 
 ANNOTATION_NAME = re.compile(r"(?P<category>.+)_(?P<split>train|test)\.jgz")
 FRAME_FILE, SEQUENCE_FILE, SET_LISTS = "frame_annotations.jgz", "sequence_annotations.jgz", "set_lists"
-NO_FOLDER = "their folders are not there"
+NO_FOLDER = "no such folder"
 OFFICIAL_SPLITS = {"train": ("train",), "test": ("val", "test")}
 
 
@@ -73,7 +73,7 @@ class Co3D:
 
     @property
     def skipped(self) -> dict[str, int]:
-        return {reason: len(names) for reason, names in self._skipped.items()}
+        return _counted(self._skipped, self.co3d_dir)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "co3d", "annotations": {path.name: sha256(path) for path in self.files.values()}}
@@ -139,7 +139,7 @@ class OfficialCo3D:
 
     @property
     def skipped(self) -> dict[str, int]:
-        return {reason: len(names) for reason, names in self._skipped.items()}
+        return _counted(self._skipped, self.co3d_dir)
 
     def describe(self) -> dict[str, Any]:
         files = [self._set_list_file(category) for category in self.categories]
@@ -244,6 +244,11 @@ def _sequence(split: str, category: str, name: str, entries: list[Any], make: Ca
         except ValueError as error:
             bad.append((_path_of(entry) or f"{category}/{name}, entry {i}", str(error)))
     return Sequence(split=split, category=category, name=name, frames=[made[k] for k in sorted(made)], bad=bad)
+
+
+def _counted(skipped: dict[str, set[tuple[str, str]]], co3d_dir: Path) -> dict[str, int]:
+    """How many sequences were skipped for each reason, which names one of them."""
+    return {f"{why} ({co3d_dir.joinpath(*min(names))})": len(names) for why, names in skipped.items()}
 
 
 def _path_of(entry: Any) -> str:

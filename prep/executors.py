@@ -7,25 +7,26 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 log = logging.getLogger(__name__)
 
 IDLE_CHECK = 10  # seconds
+STOP_ROUNDS, STOP_ROUND = 20, 0.2  # so many times so many seconds
 
 
 @contextmanager
 def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecutor]:
     """Worker processes forked from a server that has imported these modules and has no threads running.
 
-    An interrupt ends them at once: what they make appears under its name only when whole.
+    An interrupt ends what they do at once: what they make appears under its name only when whole.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
@@ -37,11 +38,30 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
         yield pool
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()
+        _end(multiprocessing.active_children())
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class WorkerStopped(SystemExit):
+    """Ends the task of a worker that is terminated; one that is idle, silently."""
+
+
+def _end(children: list[BaseProcess]) -> None:
+    """Terminate workers until they are gone: each time one ends what it does, it may find another task waiting."""
+    for _ in range(STOP_ROUNDS):
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join(STOP_ROUND)
+        children = [child for child in children if child.is_alive()]
+    for child in children:
+        child.kill()
+
+
+def _stop(*_: object) -> None:
+    raise WorkerStopped(1)
 
 
 def _start_worker() -> None:
@@ -50,8 +70,8 @@ def _start_worker() -> None:
     When terminated, a task ends by an exception, so that it removes its temporary files.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, _stop)
 
 
 def _end_with_parent() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ class ShardJob:
 class Former:
     """What a finished set says of a shard: its tar, and what was left out of it as in PackResult."""
 
-    sha256: str
+    sha256: str | None  # None: nothing was left to be packed
     bad: list[tuple[str, str, str]]
     short: list[tuple[str, int]]
 
@@ -122,13 +123,14 @@ def pack(
     }
     _check_place(out, job)
     work = out / WORK_FOLDER
-    if _is_whole(out):
+    if _is_whole(out) and not (work / JOB_FILE).exists():  # where there is a job, another pack may be at work
         shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
         on_plan(total, total)
         return _result(out, source.skipped)
     work.mkdir(parents=True, exist_ok=True)
     with _alone(work):
-        for leftover in [*out.glob("*.tmp"), *work.glob("*.tmp")]:
+        has_job = (work / JOB_FILE).exists()  # without, all that is there was left by a kill in _clear
+        for leftover in [*out.glob("*.tmp"), *work.glob("*.tmp" if has_job else "*.*")]:
             leftover.unlink()
         write_json(work / JOB_FILE, job)
         most_bad = max_bad * total
@@ -180,12 +182,14 @@ def _formers(out: Path, most_bad: float) -> dict[str, Former]:
 
     Empty if there was no such set, or its report is gone: then nobody knows what was left out.
     """
-    report = _read_report(out)
+    report = read_report(out)
     if not (out / DATASET_FILE).exists() or report is None:
         return {}
-    dataset = _read_record(out / DATASET_FILE)
-    names = [tar.removesuffix(".tar") for tar in dataset["tars"]]
-    formers = {n: Former(dataset["files"][f"{n}.tar"]["sha256"], **report.get(n, NOTHING_LEFT_OUT)) for n in names}
+    files = _read_record(out / DATASET_FILE)["files"]
+    digests = {name.removesuffix(".tar"): entry["sha256"] for name, entry in files.items() if name.endswith(".tar")}
+    formers = {
+        name: Former(digests.get(name), **report.get(name, NOTHING_LEFT_OUT)) for name in sorted({*digests, *report})
+    }
     if sum(len(former.bad) for former in formers.values()) <= most_bad:
         return formers
     return {name: former for name, former in formers.items() if not former.bad}  # as _kept does
@@ -212,18 +216,22 @@ def _report(out: Path, name: str) -> dict[str, Any]:
 
 
 def _finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -> None:
-    """Write the report of all shards that were made and then, unless too much is bad, the index."""
+    """Write the report of all shards that were made and the index.
+
+    If too much is bad, only a report, where it replaces none of a finished set.
+    """
     work = out / WORK_FOLDER
     reports = {name: _report(out, name) for name in names if _is_done(out, name)}
     left_out = {name: {"bad": part["bad"], "short": part["short"]} for name, part in reports.items()}
-    write_json(out / REPORT_FILE, {name: part for name, part in left_out.items() if part != NOTHING_LEFT_OUT})
+    left_out = {name: part for name, part in left_out.items() if part != NOTHING_LEFT_OUT}
     bad = [entry for part in reports.values() for entry in part["bad"]]
     if len(bad) > most_bad:
         reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in bad).most_common())
         so_far = "" if len(reports) == len(names) else f" in {len(reports)} of {len(names)} shards"
+        write_json(work / REPORT_FILE, left_out)
         raise PackError(
             f"{len(bad)} frames are bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
-            f"each is listed in {out / REPORT_FILE}. Mend the dataset, or allow more, and run again: "
+            f"each is listed in {work / REPORT_FILE}. Mend the dataset, or allow more, and run again: "
             "what is good is kept"
         )
     tars = [
@@ -231,12 +239,21 @@ def _finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -
         for name in names
         if reports[name]["index"]
     ]
+    write_json(out / REPORT_FILE, left_out)
     if not tars:
-        shutil.rmtree(work)  # so that other options may be tried
+        _clear(work)  # so that other options may be tried
         raise PackError(
             f"no sequence has {job['options']['min_frames']} usable frames; see {out / REPORT_FILE} and --min-frames"
         )
     write_index(out, tars, source=job["source"], options=job["options"])
+    for leftover in out.glob("*.tmp"):  # of a worker that was lost, and whose shard another one made
+        leftover.unlink()
+    _clear(work)
+
+
+def _clear(work: Path) -> None:
+    """Remove the folder of a pack that has ended; first what says that there is one."""
+    (work / JOB_FILE).unlink()
     shutil.rmtree(work)
 
 
@@ -267,6 +284,8 @@ def _check_place(out: Path, job: dict[str, Any]) -> None:
             return
     if out.exists() and not out.is_dir():
         raise PackError(f"{out}: expected a directory")
+    if out.is_dir() and any(out.glob("*.tar")) and not (out / WORK_FOLDER).exists():
+        raise PackError(f"{out}: holds tars, but no {DATASET_FILE}: make one with vggt-prep index, or remove {out}")
     if out.is_dir() and any(path.name not in (WORK_FOLDER, REPORT_FILE) for path in out.iterdir()):
         raise PackError(f"{out}: not empty, and holds no shards; give another --out")
 
@@ -347,7 +366,8 @@ def _run(
     finally:
         for future in pending:
             future.cancel()
-    wait(pending)  # those that run cannot be cancelled, and still write
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # then whoever started the workers ends them
+            wait(pending)  # those that run cannot be cancelled, and still write
 
 
 def _collect(pending: dict[Future[ShardDone], str], out: Path) -> Iterator[ShardDone]:
@@ -380,16 +400,14 @@ def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> Sh
     stamp: SHA-256 of the record of the pack this is for. Raises PackError if `out` now holds another one: a worker of
     a cluster may come to this long after who asked for it is gone.
     """
-    record = out / WORK_FOLDER / JOB_FILE
-    if record.exists() and sha256(record) != stamp:
-        raise PackError(f"{out}: another pack was begun there")
+    _check_stamp(out, stamp)
     cv2.setNumThreads(1)  # there is a worker a core
     tar, former, index = out / f"{job.name}.tar", job.former, None
-    if former is not None and tar.is_file() and sha256(tar) == former.sha256:
-        bad, short, held = former.bad, former.short, True
+    if former is not None and former.sha256 == (sha256(tar) if tar.is_file() else None):
+        bad, short = former.bad, former.short
     else:
-        bad, short, held = _write_shard(tar, job.sequences, options)
-    if held:
+        bad, short = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
+    if tar.is_file():
         made = index_file(tar, out / WORK_FOLDER)
         index = {"size": made.size, "sha256": made.sha256, "sequences": made.sequences}
     write_json(out / WORK_FOLDER / f"{job.name}.json", {"index": index, "bad": bad, "short": short})
@@ -397,19 +415,31 @@ def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> Sh
     return ShardDone(frames=annotated, bytes=index["size"] if index else 0, bad=len(bad))
 
 
+def _check_stamp(out: Path, stamp: str) -> None:
+    record = out / WORK_FOLDER / JOB_FILE
+    if not record.is_file() or sha256(record) != stamp:
+        raise PackError(f"{out}: the pack that this shard was for is over")
+
+
 def _write_shard(
-    tar: Path, sequences: list[Sequence], options: PackOptions
-) -> tuple[list[tuple[str, str, str]], list[tuple[str, int]], bool]:
-    """What is left out, bad and short, and whether there is a tar: not if nothing is left."""
+    tar: Path, sequences: list[Sequence], options: PackOptions, check: Callable[[], None]
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, int]]]:
+    """Make a tar, unless all of it is left out; returns what is, bad and short. check comes last, and may raise."""
     bad: list[tuple[str, str, str]] = []
     short: list[tuple[str, int]] = []
-    samples = chain.from_iterable(_samples(sequence, options, bad, short) for sequence in sequences)
-    first = next(samples, None)
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for sequence in sequences:
+            yield from _samples(sequence, options, bad, short)
+        check()
+
+    made = samples()
+    first = next(made, None)
     if first is None:
         tar.unlink(missing_ok=True)  # of a former pack
-        return bad, short, False
-    write_tar(tar, chain([first], samples))
-    return bad, short, True
+    else:
+        write_tar(tar, chain([first], made))
+    return bad, short
 
 
 def _samples(
@@ -433,20 +463,19 @@ def _samples(
     return []
 
 
-def _read_report(out: Path) -> dict[str, Any] | None:
-    """Shard -> what was left out of it, for shards of which something was. None if the report is gone."""
-    path = out / REPORT_FILE
+def read_report(out: Path) -> dict[str, Any] | None:
+    """Shard -> what was left out of it, for shards of which something was. None if the report is gone or damaged."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
+        report = json.loads((out / REPORT_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError as error:
-        raise PackError(f"{path}: damaged ({error}); remove it") from error
+    parts = report.values() if isinstance(report, dict) else [None]
+    return report if all(isinstance(part, dict) and set(part) == set(NOTHING_LEFT_OUT) for part in parts) else None
 
 
 def _result(out: Path, skipped: dict[str, int]) -> PackResult:
     opened = shards.open(out)
-    parts = (_read_report(out) or {}).values()
+    parts = (read_report(out) or {}).values()
     return PackResult(
         splits=opened.dataset["splits"],
         bytes=sum(entry["size"] for entry in opened.dataset["files"].values()),

@@ -55,15 +55,19 @@ def verify(
     Whatever is wrong is in the result; nothing is raised for a damaged set.
     """
     try:
-        shard_set = shards.open(location)
+        shard_set = shards.open(location, check_sizes=False)
+        wrong = shard_set.size_problems()
+        if {FRAMES_FILE, SEQUENCES_FILE} & set(wrong):
+            return VerifyResult(tars=0, all_tars=0, frames=0, problems=[*wrong.values()])
         checks = _check_index(shard_set)
     except (ValueError, OSError) as error:  # without an index there is no telling what the tars should hold
         return VerifyResult(tars=0, all_tars=0, frames=0, problems=[str(error)])
     count = max(1, round(sample * len(checks)))
     chosen = [checks[i] for i in sorted(np.random.default_rng(SAMPLE_SEED).choice(len(checks), count, replace=False))]
     on_plan(count)
-    problems = []
-    for found in executor.map(verify_tar, [shard_set] * count, chosen):
+    problems = [*wrong.values()]
+    chosen_whole = [check for check in chosen if shard_set.tars[check.number] not in wrong]
+    for found in executor.map(verify_tar, [shard_set] * count, chosen_whole):
         problems += found
         on_tar()
     return VerifyResult(

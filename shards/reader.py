@@ -42,12 +42,12 @@ class DamagedMemberError(ValueError):
         return f"{self.file}: {self.problem}"
 
 
-def open(location: str | Path) -> ShardSet:  # noqa: A001
+def open(location: str | Path, *, check_sizes: bool = True) -> ShardSet:  # noqa: A001
     """The shard set in a directory or at a URL, whatever fsspec opens: s3://, gs://, hf://, http(s)://, memory://.
 
     The index of a remote set is kept in ~/.cache/vggt-shards, under its digest. Raises ValueError if there is no set,
     if it is of another version, or if a file's size is not the one in dataset.json (a stale or truncated set);
-    StorageError if the storage cannot be reached or does not send ranges.
+    StorageError if the storage cannot be reached or does not send ranges. check_sizes=False: size_problems() will tell.
     """
     storage = storage_at(location)
     where = f"{str(location).rstrip('/')}/{DATASET_FILE}"
@@ -64,14 +64,12 @@ def open(location: str | Path) -> ShardSet:  # noqa: A001
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     storage.read_spans([Span(DATASET_FILE, 0, 1)])  # finds a server without ranges before it sends a whole tar
-    files = dataset["files"]
-    for name, size in zip(files, storage.sizes(list(files)), strict=True):
-        if size != files[name]["size"]:
-            state = "is missing" if size is None else f"has {size} bytes, not {files[name]['size']}"
-            advice = MEND if name in (FRAMES_FILE, SEQUENCES_FILE) else "copy or pack it again"
-            raise ValueError(f"{storage}/{name}: {state} as {DATASET_FILE} says; {advice}")
     opened = ShardSet(storage=storage, dataset=dataset)
-    opened.refresh_index()
+    wrong = opened.size_problems()
+    if wrong and check_sizes:
+        raise ValueError("; ".join([*wrong.values()][:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    if not {FRAMES_FILE, SEQUENCES_FILE} & set(wrong):
+        opened.refresh_index()
     return opened
 
 
@@ -134,6 +132,16 @@ class ShardSet:
                 path = self.index_path(name)
                 if sha256(path) != self.dataset["files"][name]["sha256"]:
                     self._fetch(name, path)
+
+    def size_problems(self) -> dict[str, str]:
+        """File -> what is wrong with it, for those that are missing or not of the size that dataset.json says."""
+        files, found = self.dataset["files"], {}
+        for name, size in zip(files, self.storage.sizes(list(files)), strict=True):
+            if size != files[name]["size"]:
+                state = f"has {size} bytes, not {files[name]['size']} as {DATASET_FILE} says"
+                advice = MEND if name in (FRAMES_FILE, SEQUENCES_FILE) else "copy or pack it again"
+                found[name] = f"{self.storage}/{name}: {'is missing' if size is None else state}; {advice}"
+        return found
 
     def with_tars_at(self, storage: Storage) -> ShardSet:
         """The same set whose tars are read elsewhere, such as from copies; the index stays. For this process."""

@@ -49,7 +49,7 @@ class Storage(Protocol):
         ...
 
     def read_spans(self, spans: list[Span]) -> list[bytes]:
-        """Just these bytes, in one request a span; fewer where a file ends. Raises as read does."""
+        """Just these bytes, in one request a span; fewer where a file ends. Raises as read, or StorageError."""
         ...
 
     @contextmanager
@@ -146,7 +146,10 @@ class RemoteStorage:
         fs, root = _filesystem(self.url)
         with TemporaryDirectory() as folder:
             _tried(f"{self.url}/{name}", lambda: fs.get_file(f"{root}/{name}", f"{folder}/{name}"))
-            yield Path(folder) / name
+            try:
+                yield Path(folder) / name
+            finally:
+                _forget(Path(folder))  # an open file would keep the disk full
 
 
 def _tried(where: str, call: Callable[[], Result]) -> Result:
@@ -194,6 +197,7 @@ MAX_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # a process
 _descriptors: OrderedDict[Path, int] = OrderedDict()
 _lock = threading.Lock()  # a thread that reads ahead and one that replaces a frame share descriptors
 _filesystems: dict[str, tuple[Any, str]] = {}
+_inherited: list[dict[str, tuple[Any, str]]] = []  # of the parent: collected as garbage here, they would close there
 
 
 def _descriptor(path: Path) -> int:
@@ -236,6 +240,7 @@ def _start_anew() -> None:
     """After a fork: another thread may have held the lock, and sessions of fsspec belong to the parent."""
     global _lock
     _lock = threading.Lock()
+    _inherited.append(dict(_filesystems))
     _filesystems.clear()
 
 

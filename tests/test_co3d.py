@@ -195,7 +195,7 @@ def test_sequences_that_are_left_out_are_counted_by_reason(official, tmp_path):
     command = ("pack", "--co3d-dir", official.folder, "--out", tmp_path / "out", "--category", category)
     done = vggt_prep(*command, "--min-quality", 0.5)
     assert done.returncode == 0, done.stderr
-    assert "1 annotated sequence skipped: viewpoint quality below 0.5, or not known" in done.stdout
+    assert "1 annotated sequence skipped: viewpoint quality below 0.5, or not known (" in done.stdout
     none = vggt_prep(*command[:-4], "--out", tmp_path / "none", "--min-quality", 100)
     assert none.returncode == 1
     assert "no frame to pack; 8 annotated sequences skipped: viewpoint quality below 100" in none.stderr

@@ -125,6 +125,12 @@ def children(pid):
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
+def helpers(pid):
+    """multiprocessing's own processes: those that a command starts itself, not through its server of workers."""
+    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in done.stdout.split()]
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -175,6 +181,9 @@ def test_what_a_damaged_set_left_out_is_still_reported_when_it_is_mended(editabl
     whole = tree(tmp_path / "out")
     assert b"image is damaged" in whole["report.json"]
     (tmp_path / "out" / "train-000001.tar").unlink()
+    failed = vggt_prep(*command, "--max-bad", 0)
+    assert failed.returncode == 1
+    assert "1 frames are bad" in failed.stderr
     done = vggt_prep(*command)
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "out") == whole
@@ -187,9 +196,29 @@ def test_a_task_of_a_pack_that_is_gone_writes_nothing(captures, tmp_path):
     job = ShardJob(split="train", name="train-000000", sequences=[next(source.sequences())])
     (tmp_path / ".pack").mkdir()
     (tmp_path / ".pack" / "job.json").write_text("{}")
-    with pytest.raises(PackError, match="another pack was begun there"):
+    with pytest.raises(PackError, match="the pack that this shard was for is over"):
         pack_shard(job, tmp_path, PackOptions(), "0" * 64)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["job.json"]
+
+
+def test_a_task_of_another_pack_does_not_replace_a_tar_of_a_finished_set(captures, shard_dir, tmp_path):
+    shutil.copytree(shard_dir, tmp_path / "set")
+    job = ShardJob(split="train", name="train-000000", sequences=[])
+    with pytest.raises(PackError, match="the pack that this shard was for is over"):
+        pack_shard(job, tmp_path / "set", PackOptions(), "0" * 64)
+    assert tree(tmp_path / "set") == tree(shard_dir)
+
+
+def test_a_worker_that_is_told_to_stop_from_outside_is_said(captures, shard_dir, tmp_path):
+    process = start_pack(captures, tmp_path / "out", "--workers", 1)
+    wait_for(lambda: list((tmp_path / "out").glob("*.tmp")))
+    (worker,) = [pid for pid in children(process.pid) if not children(pid) and pid not in helpers(process.pid)]
+    os.kill(worker, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a worker process was told to stop" in errors
+    finish_pack(captures, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(shard_dir)
 
 
 def test_options_may_be_changed_after_a_pack_that_made_nothing(captures, tmp_path):
@@ -316,6 +345,14 @@ def test_of_a_damaged_set_only_what_is_damaged_is_made_again(captures, shard_dir
     assert tree(out) == tree(shard_dir)
     assert len(before) > 1
     assert {path: path.stat().st_ino for path in whole} == before
+    # Killed while it was mended: what is missing is back, what is damaged is not yet.
+    changed.write_bytes(bytes(512) + changed.read_bytes()[512:])
+    (out / ".pack").mkdir()
+    record = {key: json.loads((shard_dir / "dataset.json").read_text())[key] for key in ("source", "options")}
+    (out / ".pack" / "job.json").write_text(json.dumps(record))
+    (out / "frames.npy.12345678.tmp").touch()
+    assert vggt_prep(*command).returncode == 0
+    assert tree(out) == tree(shard_dir)
     (out / "dataset.json").write_text("{")
     done = vggt_prep(*command)
     assert done.returncode == 1
@@ -346,7 +383,7 @@ def test_packing_again_does_nothing_and_another_way_is_refused(captures, shard_d
     again = vggt_prep("pack", *source_options(captures), "--out", tmp_path / "set", *options)
     assert again.returncode == 0, again.stderr
     assert "packed before: nothing to do" in again.stdout
-    assert "report.json is gone: what was left out is not known" in again.stdout
+    assert "report.json is gone or damaged: what was left out is not known" in again.stdout
     assert (tmp_path / "set" / "train-000000.tar").stat().st_mtime_ns == before
     other = vggt_prep("pack", *source_options(captures), "--out", tmp_path / "set", "--short-side", 160)
     assert other.returncode == 1

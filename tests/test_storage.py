@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -264,9 +265,40 @@ def test_verify_transfers_a_remote_tar_once(shard_dir, tmp_path):
     assert tars == sorted(f"/{path.name}" for path in shard_dir.glob("*.tar"))
 
 
-def test_a_stopped_verify_leaves_no_tar_behind(shard_dir, tmp_path):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+def open_files():
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.lexists(link)]
+
+
+def test_copies_of_remote_tars_free_their_disk(shard_dir):
+    with served(shard_dir) as server:
+        opened = shards.open(server.url)
+        with opened.storage.local_copy("train-000000.tar") as path:
+            opened.with_tars_at(shards.storage.LocalStorage(path.parent)).read(0)
+            assert str(path) in open_files()
+    assert not [name for name in open_files() if "train-000000.tar" in name]
+
+
+def test_a_forked_child_leaves_the_connections_of_its_parent_alone(shard_dir):
+    with served(shard_dir) as server:
+        opened = shards.open(server.url)
+        expected = opened.read(3)
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join()
+        began = time.monotonic()
+        assert opened.read(3) == expected
+        assert time.monotonic() - began < 10  # a connection that the child closed is waited for in vain
+
+
+@pytest.fixture
+def scratch():
+    """A folder of a short name: sockets of multiprocessing lie in it."""
+    with TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def test_a_stopped_verify_leaves_no_tar_behind(shard_dir, scratch):
     with served(shard_dir) as server:
         shards.open(server.url)
         server.latency = 0.5
@@ -281,7 +313,7 @@ def test_a_stopped_verify_leaves_no_tar_behind(shard_dir, tmp_path):
             start_new_session=True,
         )
         while not list(scratch.glob("tmp*")):
-            assert process.poll() is None
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=30)

@@ -71,14 +71,15 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
 
 
-def find_newest(folder: Path) -> Path | None:
+def find_newest(folder: Path, *, mend: bool = True) -> Path | None:
     """The newest whole checkpoint, or None if there is none at all; for one rank to call, as it mends the folder.
 
     Every byte is checked against the CRCs that torch.save writes (torch.load does not: it takes flipped bits for
     weights). A damaged file is renamed, with a warning, and the one before is taken. Raises ValueError if all are
-    damaged, OSError if the folder cannot be read just now.
+    damaged, OSError if the folder cannot be read just now. mend: whether damaged files are renamed, and what a kill has
+    left is removed.
     """
-    for leftover in folder.glob("*.tmp"):
+    for leftover in folder.glob("*.tmp") if mend else ():
         leftover.unlink()
     steps = steps_saved(folder)
     for step in reversed(steps):
@@ -91,7 +92,8 @@ def find_newest(folder: Path) -> Path | None:
         if damaged is None:
             return path
         log.warning("%s is damaged (%s) and set aside; taking the one before", path, damaged)
-        path.rename(path.with_name(path.name + ".damaged"))
+        if mend:
+            path.rename(path.with_name(path.name + ".damaged"))
     if steps:
         raise ValueError(f"{folder}: none of the {len(steps)} checkpoints is whole; remove the folder to start anew")
     return None

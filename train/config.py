@@ -19,6 +19,7 @@ import yaml
 from train.checkpoint import CheckpointConfig
 from train.losses import LossConfig
 from train.optim import OptimConfig
+from train.parallel import Strategy
 from train.plan import DataConfig
 from vggt.config import PRESETS
 
@@ -26,7 +27,7 @@ from vggt.config import PRESETS
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     preset: str = "1b"
-    freeze: tuple[str, ...] = ("aggregator*",)
+    freeze: tuple[str, ...] = ("*aggregator*",)
     head_chunk: int | None = 1
     aggregator_dtype: Literal["fp32", "bf16"] = "fp32"
 
@@ -47,8 +48,10 @@ class TrainConfig:
     max_steps: int | None = None
     max_img_per_gpu: int = 48
     accum_steps: int = 2
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Strategy = "ddp"
     precision: Literal["bf16", "fp32"] = "bf16"
+    tf32: bool = True
+    compile: bool = False
     val_every: int = 800
     log_every: int = 10
     max_skipped: int = 20

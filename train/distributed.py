@@ -61,7 +61,7 @@ class World:
 
 
 @contextmanager
-def start_world() -> Iterator[World]:
+def start_world(*, tf32: bool) -> Iterator[World]:
     """Join the process group that torchrun describes in the environment (nccl on GPUs, else gloo); leave it after."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -70,6 +70,7 @@ def start_world() -> Iterator[World]:
             raise ValueError(f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: lower NPROC")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     else:
         device = torch.device("cpu")
         # torchrun allows each rank a single thread; share the cores out instead.

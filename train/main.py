@@ -1,7 +1,7 @@
 """Train VGGT on a shard set.
 
     torchrun --nproc_per_node=2 train/main.py --config train/configs/default.yaml data.shards=S init=vggt.pt
-    python train/main.py --config train/configs/demo.yaml data.shards=S
+    python train/main.py --config train/configs/demo.yaml data.shards=S --dry-run
 
 One process a GPU (or a few on CPUs). The same command again goes on from the last checkpoint in out_dir.
 """
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch.nn.parallel import DistributedDataParallel
 
 import shards
 from shards import ShardSet
@@ -30,21 +29,24 @@ from train.checkpoint import find_newest, load, save
 from train.config import TrainConfig, flatten, load_config, to_dict
 from train.distributed import World, start_world
 from train.loader import STOP_SIGNALS, Split, TrainingSteps, stream, worker_count
+from train.memory import peak_gb, rehearse, said_out_of_memory
 from train.optim import freeze, make_optimizer, set_lr
+from train.parallel import distribute, load_optimizer, whole
 from train.pictures import contact_sheet, save_picture
 from train.plan import DataState, TrainingPlan
 from train.prepare import prepare
-from train.report import Reporter, memory_gb
+from train.report import Reporter
 from train.step import train_step
 from train.summary import describe_damage, describe_run, describe_start
 from train.validate import Validation, validate
 from vggt import VGGT, preset
+from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
 from vggt.weights import load_weights
 
 # May change between a run and its resumption; anything else would make it another run.
 MAY_CHANGE = {
-    *("init", "out_dir", "epochs", "max_steps", "accum_steps"),
+    *("init", "out_dir", "epochs", "max_steps", "accum_steps", "strategy", "compile"),
     *("model.head_chunk", "model.aggregator_dtype"),
     *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
     *("data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
@@ -58,12 +60,13 @@ MIN_TRIED = 200  # frames, before a share of bad ones means anything
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file; without it the defaults, which are train/configs/default.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and try one step; writes nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 data.workers=4")
     arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        with start_world() as world:
-            run(config, world)
+        with start_world(tf32=config.tf32) as world:
+            run(config, world, dry_run=arguments.dry_run)
     except (ValueError, OSError) as error:
         # The first rank speaks for all: the others wait, for torchrun kills everyone as soon as one has exited.
         if int(os.environ.get("RANK", 0)) > 0:
@@ -72,7 +75,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def run(config: TrainConfig, world: World) -> None:
+def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
     # Data
     if not config.data.sources:
         raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack, or its URL")
@@ -84,8 +87,7 @@ def run(config: TrainConfig, world: World) -> None:
 
     # Model
     out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    newest = world.from_main(lambda: find_newest(out_dir / "checkpoints"))
+    newest = world.from_main(lambda: find_newest(out_dir / "checkpoints", mend=not dry_run))
     saved = None if newest is None else load(newest)
     if saved is not None:
         check_resumable(saved, config, shard_sets)
@@ -96,7 +98,12 @@ def run(config: TrainConfig, world: World) -> None:
     freeze(model, config.model.freeze)
     if config.model.aggregator_dtype == "bf16":
         hold_in_bf16(model.aggregator)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
     model.to(world.device).train()
+    if config.compile:
+        compile_blocks(model)
+    shared = distribute(model, config.strategy, bf16=config.precision == "bf16", world=world)
 
     # Optimizer and resume
     optimizer = make_optimizer(model, config.optim)
@@ -109,12 +116,16 @@ def run(config: TrainConfig, world: World) -> None:
     )
     state = plan.start()
     if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
         state = DataState(saved["data"]["step"], tuple(saved["data"]["positions"]))
         del saved
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
-
+    about = describe_start(config, model, train_split, val_split, world, workers)
+    if dry_run:
+        tried = rehearse(config, world, shared, optimizer, train_split, plan, state)
+        if world.is_main:
+            print(f"{about}\n{tried}")
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=config.total_steps)
     if state.step:
         reporter.say(f"resuming {out_dir} at step {state.step} of {config.total_steps}, its last checkpoint")
@@ -123,7 +134,7 @@ def run(config: TrainConfig, world: World) -> None:
     if world.is_main:
         (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
         (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
-    reporter.say(describe_start(config, model, train_split, val_split, world, workers))
+    reporter.say(about)
 
     def evaluate(step: int) -> None:
         # A run that was killed in between has validated before, or has still to do so.
@@ -135,11 +146,12 @@ def run(config: TrainConfig, world: World) -> None:
         publish_pictures(result, step, out_dir, reporter)
 
     def save_checkpoint(after: DataState) -> None:
+        weights, moments = whole(model.state_dict()), whole(optimizer.state_dict())  # on every rank: parts are gathered
         if world.is_main:
             content = {
-                "model": model.state_dict(),
+                "model": weights,
                 "model_config": asdict(model.config),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": moments,
                 "data": {"step": after.step, "positions": list(after.positions)},
                 "config": to_dict(config),
                 "shards": [shard_set.digest for shard_set in shard_sets],
@@ -150,7 +162,7 @@ def run(config: TrainConfig, world: World) -> None:
     # Loop
     with reporter:
         stopped = train(
-            config, world, ddp, optimizer, train_split, plan, state, workers, reporter, evaluate, save_checkpoint
+            config, world, shared, optimizer, train_split, plan, state, workers, reporter, evaluate, save_checkpoint
         )
 
     # Summary
@@ -197,7 +209,8 @@ def train(
         batch = prepare(raw, world.device, with_points=config.loss.point > 0)
         damaged.update(raw["bad"])
         counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
-        outcome = train_step(model, optimizer, batch, config, world, stop=bool(stop_asked), **counts)
+        with said_out_of_memory(batch, config, step):
+            outcome = train_step(model, optimizer, batch, config, world, stop=bool(stop_asked), **counts)
         bad, tried = bad + outcome.bad, tried + outcome.tried
         if tried >= MIN_TRIED and bad > config.data.max_bad * tried:
             raise ValueError(
@@ -217,7 +230,7 @@ def train(
         else:
             window.add(outcome.terms, outcome.norms, batch["images"].shape[:2].numel(), began, waited)
         if window.steps and (step % config.log_every == 0 or step == config.total_steps):
-            values = window.means(world) | {"lr": lr} | memory_gb(world.device)
+            values = window.means(world) | {"lr": lr, "memory_gb": peak_gb(world.device)}
             window = Window()
             reporter.scalars(step, config.data.train_split, values)
             reporter.progress(step, values)

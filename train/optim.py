@@ -8,13 +8,27 @@ from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 CLIP_GROUPS = {"aggregator": "aggregator", "camera": "camera_head", "depth": "depth_head", "point": "point_head"}
 
 
 @dataclass(frozen=True, kw_only=True)
+class LrFactor:
+    """Parameters whose names match a pattern learn `factor` times as fast."""
+
+    names: str
+    factor: float
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise ValueError(f"factor: expected more than 0, found {self.factor}; model.freeze stops learning")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = 5e-5
+    lr_factors: tuple[LrFactor, ...] = ()
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip: float = 1.0
@@ -29,26 +43,38 @@ class OptimConfig:
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
     """Take the parameters that a pattern matches out of training. Raises ValueError for a pattern that matches none."""
     for pattern in patterns:
-        matched = [p for name, p in model.named_parameters() if fnmatch(name, pattern)]
-        if not matched:
-            modules = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"model.freeze: {pattern!r} matches no parameter; the modules are {modules}")
-        for parameter in matched:
-            parameter.requires_grad_(False)
+        for name in _matching(model, pattern, "model.freeze"):
+            model.get_parameter(name).requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model.freeze: {list(patterns)} leaves nothing to train")
 
 
+def _matching(model: nn.Module, pattern: str, key: str) -> list[str]:
+    """The names of the parameters that a pattern matches. Raises ValueError if there are none."""
+    names = [name for name, _ in model.named_parameters() if fnmatch(name, pattern)]
+    if not names:
+        modules = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"{key}: {pattern!r} matches no parameter; the modules are {modules}")
+    return names
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over what trains, without weight decay on norms, biases, scales, tokens and position embeddings."""
-    decayed, plain = [], []
+    """AdamW over what trains, without weight decay on norms, biases, scales, tokens and position embeddings.
+
+    Of several factors for a parameter the last one counts. Raises ValueError for one that matches none.
+    """
+    factors = {name: f.factor for f in config.lr_factors for name in _matching(model, f.names, "optim.lr_factors")}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_weight = parameter.ndim >= 2 and name.endswith("weight")
-            (decayed if is_weight else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = any(p.is_cuda for p in decayed + plain)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused)
+            key = (config.weight_decay if is_weight else 0.0, factors.get(name, 1.0))
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": held, "weight_decay": decay, "lr_factor": factor} for (decay, factor), held in groups.items()],
+        lr=config.lr,
+        fused=True,
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
@@ -59,7 +85,7 @@ def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, tot
     else:
         factor = 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor
+        group["lr"] = config.lr * factor * group["lr_factor"]
     return config.lr * factor
 
 
@@ -69,5 +95,6 @@ def clip_gradients(model: nn.Module, limit: float) -> dict[str, Tensor]:
     for group, module in CLIP_GROUPS.items():
         parameters = [p for p in getattr(model, module, nn.Module()).parameters() if p.grad is not None]
         if parameters:
-            norms[group] = nn.utils.clip_grad_norm_(parameters, limit)
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            norms[group] = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return norms

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -93,8 +92,7 @@ class Reporter:
             return
         terms = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in values.items() if k.startswith("loss_"))
         text = f"{terms} | {values['images_per_s']:.1f} images/s, waiting for data {values['data_wait']:.0%}"
-        if "memory_gb" in values:
-            text += f", {values['memory_gb']:.1f} GB"
+        text += f", {values['memory_gb']:.1f} GB"
         self._progress.update(self._task, completed=step, text=text)
         if not self.live:
             self.say(f"step {step}/{self._total} {text}")
@@ -114,8 +112,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # cut off when the run was killed
         return float("inf")
-
-
-def memory_gb(device: torch.device) -> dict[str, float]:
-    """Peak GPU memory so far; nothing on a CPU."""
-    return {"memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from train.config import TrainConfig
 from train.distributed import World
 from train.losses import denominators, losses
 from train.optim import clip_gradients
+from train.parallel import bare, gradients_shared
 from train.prepare import Batch
 
 
@@ -36,7 +35,7 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """Accumulate the gradients of a batch in at most accum_steps chunks of scenes, none of them empty.
 
-    Under DDP only the last chunk synchronises. Returns the loss terms of the batch, detached.
+    Ranks share gradients in the last chunk only. Returns the loss terms of the batch, detached.
     """
     whole = denominators(batch, config.loss)
     scenes = batch["images"].shape[0]
@@ -44,11 +43,7 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
     bounds = torch.arange(scenes).tensor_split(min(config.accum_steps, scenes))
     for i, members in enumerate(bounds):
         chunk = {name: value[members[0] : members[-1] + 1] for name, value in batch.items()}
-        is_last = i == len(bounds) - 1
-        hold_back = contextlib.nullcontext()
-        if isinstance(model, DistributedDataParallel) and not is_last:
-            hold_back = model.no_sync()
-        with hold_back:
+        with gradients_shared(model, i == len(bounds) - 1):
             with autocast(config, chunk["images"].device):
                 predictions = model(chunk["images"])
             terms = losses(predictions, chunk, whole, config.loss)
@@ -74,8 +69,7 @@ def train_step(
     stop, bad and tried are this rank's; the outcome's are over all ranks.
     """
     terms = forward_backward(model, batch, config)
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    norms = clip_gradients(bare, config.optim.clip)
+    norms = clip_gradients(bare(model), config.optim.clip)
     finite = torch.stack([terms["loss_objective"], *norms.values()]).isfinite().all()
     # The step's only wait for the device, and the only all-reduce beside the gradients'.
     flags = torch.stack([~finite, *torch.tensor([stop, bad, tried]).to(finite.device)]).double()

@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from train.config import TrainConfig
 from train.distributed import World
 from train.loader import Split
+from train.memory import estimate_memory
 from train.plan import scenes_per_rank
 from train.report import METRICS_FILE
+from vggt import VGGT
 
 MEANINGS = {
     "loss_objective": ("objective", "what training minimises", "{:.3f}"),
@@ -33,7 +33,7 @@ MEANINGS = {
 
 
 def describe_start(
-    config: TrainConfig, model: nn.Module, train: Split, val: Split | None, world: World, workers: int
+    config: TrainConfig, model: VGGT, train: Split, val: Split | None, world: World, workers: int
 ) -> str:
     """What is trained on what: a few lines before the first step."""
     counts = {name: [0, 0] for name, _ in model.named_children()}
@@ -41,7 +41,9 @@ def describe_start(
         counts[name.split(".")[0]][0 if parameter.requires_grad else 1] += parameter.numel()
     parts = ", ".join(f"{name} {(t or f) / 1e6:.1f} M{'' if t else ' (frozen)'}" for name, (t, f) in counts.items())
     low, high = config.data.views
-    scenes = [scenes_per_rank(config.max_img_per_gpu, n) for n in (high, low)]
+    steps = [
+        f"{scenes_per_rank(config.max_img_per_gpu, views)} scene(s) of {views} views" for views in sorted({low, high})
+    ]
     held = f"{sum(map(len, val.lengths)):,} sequences in {config.data.val_split}" if val else "nothing (no such split)"
     lines = [
         f"model {config.model.preset}: {parts}",
@@ -51,8 +53,11 @@ def describe_start(
             for shard_set, lengths, source in zip(train.shard_sets, train.lengths, config.data.sources, strict=True)
         ),
         f"validating on {held}",
-        f"{world.size} process(es) on {world.device.type}, {config.precision}, {workers} loader worker(s) each; a step "
-        f"takes {scenes[0]} to {scenes[1]} scenes of {high} to {low} views a process, in {config.accum_steps} chunk(s)",
+        f"{world.size} process(es) on {world.device.type}, {config.strategy}, {config.precision}, {workers} loader "
+        "worker(s) each",
+        f"a step takes {', or '.join(steps)} a process, at most {config.max_img_per_gpu * world.size} images in all, "
+        f"in {config.accum_steps} chunk(s); its shape is drawn anew each time",
+        f"memory a process: {estimate_memory(model, config, world)}",
         f"{config.total_steps:,} steps, validation every {config.val_every:,}, checkpoint every "
         f"{config.checkpoint.every:,}; everything goes to {config.out_dir}",
     ]

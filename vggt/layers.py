@@ -74,6 +74,13 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch.compile run the transformer blocks of a model, in place: most of its work, and alike."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
+
+
 def rope_table(
     rows: int, columns: int, special: int, head_dim: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
