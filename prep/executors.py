@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -33,6 +34,7 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()  # it ignores what is ignored now
     signal.signal(signal.SIGINT, handler)
+    _wait_for_server(context)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         yield pool
@@ -42,6 +44,17 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _wait_for_server(context: ForkServerContext) -> None:
+    """Until the server has imported, a stop waits, too: it would have a worker that is being started end noisily."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        first = context.Process(target=int)
+        first.start()
+        first.join()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerStopped(SystemExit):
