@@ -58,6 +58,13 @@ def colour_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     return np.where((np.isfinite(depth) & (depth > 0))[..., None], coloured, np.uint8(UNKNOWN))
 
 
+def colour_amount(share: np.ndarray) -> np.ndarray:
+    """Numbers [..., H, W] from 0, black, to 1, white -> RGB [..., H, W, 3]; NaN is grey."""
+    flat = (np.nan_to_num(np.clip(share, 0, 1)) * 255).astype(np.uint8).reshape(-1, 1)
+    coloured = cv2.applyColorMap(flat, cv2.COLORMAP_HOT)[..., ::-1].reshape(*share.shape, 3)
+    return np.where(np.isfinite(share)[..., None], coloured, np.uint8(UNKNOWN))
+
+
 def scale_bar(height: int, near: float, far: float) -> np.ndarray:
     """What the colours of colour_depth mean: [height, BAR_WIDTH, 3]."""
     bar = np.full((height, BAR_WIDTH, 3), BACKGROUND, np.uint8)

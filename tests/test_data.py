@@ -17,7 +17,7 @@ from train.plan import DataConfig, validation_plan
 @pytest.fixture(scope="module")
 def batch(shard_dir):
     split = Split([shards.open(shard_dir)], "train")
-    return load_step(split, validation_plan(DataConfig(width=140, val_views=6), split.lengths, 0, 1)[0])
+    return load_step(split, validation_plan(DataConfig(width=140, val_views=6), split.lengths, 0, 1)[0][0])
 
 
 def test_the_command_shows_plan_rates_check_and_a_picture(shard_dir, tmp_path):

@@ -141,12 +141,16 @@ def test_seeds_and_positions_change_what_is_drawn():
 
 def test_validation_is_always_the_same_and_shared_out_among_ranks():
     config = DataConfig(val_scenes=7, val_views=4)
-    whole = validation_plan(config, (LENGTHS,), 0, 1)
-    assert whole == validation_plan(config, (LENGTHS,), 0, 1)
+    whole, counted = validation_plan(config, (LENGTHS,), 0, 1)
+    assert (whole, counted) == validation_plan(config, (LENGTHS,), 0, 1)
+    assert counted == len(whole)
     assert len({step.scenes[0].sequence for step in whole}) == 7
     parts = [validation_plan(config, (LENGTHS,), rank, 3) for rank in range(3)]
-    assert sorted(s.scenes[0].sequence for p in parts for s in p) == sorted(s.scenes[0].sequence for s in whole)
-    both = validation_plan(config, (LENGTHS, LENGTHS[:4]), 0, 1)
+    counted_ones = [step for steps, counted in parts for step in steps[:counted]]
+    assert sorted(s.scenes[0].sequence for s in counted_ones) == sorted(s.scenes[0].sequence for s in whole)
+    assert {len(steps) for steps, _ in parts} == {3}  # as many on each rank, though seven are not three times as many
+    assert [len(validation_plan(config, (LENGTHS,), rank, 16)[0]) for rank in range(16)] == [1] * 16
+    both, _ = validation_plan(config, (LENGTHS, LENGTHS[:4]), 0, 1)
     assert {step.scenes[0].source for step in both} == {0, 1}
     for step in whole:
         assert step.scenes[0].seed is None

@@ -40,8 +40,12 @@ class MemoryEstimate:
         return self.weights + self.training + self.chunk
 
     def __str__(self) -> str:
-        parts = [f"{n / 1e9:.1f} GB of {what}" for n, what in ((self.weights, "weights"), (self.training, "training"))]
-        return f"about {self.total / 1e9:.1f} GB: {', '.join(parts)}, {self.chunk / 1e9:.1f} GB for a chunk of a step"
+        weights, training, chunk, total = (
+            f"{size / 1e9:.2g} GB" for size in (self.weights, self.training, self.chunk, self.total)
+        )
+        return (
+            f"about {total}: {weights} of weights, {training} of gradients and moments, {chunk} for a chunk of a step"
+        )
 
 
 def estimate_memory(model: VGGT, config: TrainConfig, world: World) -> MemoryEstimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -30,7 +31,7 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
     if world.size == 1:
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, forward_sync_buffers=False)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -38,6 +39,8 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
     for module in model.aggregator.modules():
         if isinstance(module, Attention | Mlp):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+    # No caller works in place on what a part returns, of which it warns.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     for name, module in model.named_children():
         if name != "aggregator":

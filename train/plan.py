@@ -188,16 +188,24 @@ def _permutation(seed: int, source: int, turn: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, _ORDER, source, turn)).permutation(count)
 
 
-def validation_plan(config: DataConfig, lengths: tuple[np.ndarray, ...], rank: int, world_size: int) -> list[Step]:
-    """The scenes `rank` validates on, one a step: always the same, evenly spaced over all sets and in each sequence."""
+def validation_plan(
+    config: DataConfig, lengths: tuple[np.ndarray, ...], rank: int, world_size: int
+) -> tuple[list[Step], int]:
+    """The scenes `rank` validates on, one a step: always the same, evenly spaced over all sets and in each sequence.
+
+    Also how many of them count: every rank has equally many, as those that share a model must, and where they cannot
+    be shared out evenly some repeat the first.
+    """
     everything = [(source, number) for source, part in enumerate(lengths) for number in range(len(part))]
     chosen = np.linspace(0, len(everything) - 1, min(config.val_scenes, len(everything))).round().astype(int)
     shape = StepShape(config.val_views, image_height(config.width, config.val_aspect), config.width)
+    mine = chosen[rank::world_size]
+    repeated = [chosen[0]] * (-(-len(chosen) // world_size) - len(mine))
     steps = []
-    for number, place in enumerate(chosen[rank::world_size]):
+    for number, place in enumerate([*mine, *repeated]):
         source, sequence = everything[place]
         # Without the very last: a turn-table often ends where it began.
         frames = (np.arange(config.val_views) * lengths[source][sequence] / config.val_views).astype(int)
         scene = Scene(source, sequence, tuple(map(int, frames)), None)
         steps.append(Step(shape, (scene,), DataState(number + 1, ())))
-    return steps
+    return steps, len(mine)

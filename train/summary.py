@@ -78,15 +78,20 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
     tested = [line for line in lines if line["split"] == config.data.val_split]
     if not trained:
         return f"Done: {config.total_steps:,} steps. {out_dir / METRICS_FILE} has none of their losses."
+    first, last = (f"{line['loss_objective']:.3f}" for line in (trained[0], trained[-1]))
+    moved = f"went from {first} to {last}" if len(trained) > 1 else f"was {first}"
     text = [
         "",
-        f"Done: {config.total_steps:,} steps. The training objective, over {config.log_every} steps, went from "
-        f"{trained[0]['loss_objective']:.3f} at first to {trained[-1]['loss_objective']:.3f} at last.",
+        f"Done: {config.total_steps:,} steps. The training objective {moved}, each over {config.log_every} steps.",
     ]
     if len(tested) > 1:
         text += _compare(tested[0], tested[-1], config)
     sheet = f"{out_dir}/contact_sheet.png"
-    shown = [f"Look at  {sheet}  (views, predicted and true depth on one scale)"] if Path(sheet).exists() else []
+    shown = (
+        [f"Look at  {sheet}  (views, predicted and true depth, errors, cameras from above)"]
+        if Path(sheet).exists()
+        else []
+    )
     text += [
         "",
         *shown,

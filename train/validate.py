@@ -12,7 +12,7 @@ from train.distributed import World
 from train.loader import Split, ValidationSteps, stream
 from train.losses import denominators, losses
 from train.metrics import depth_abs_rel, pair_errors, pose_auc
-from train.pictures import SceneResult
+from train.pictures import Cameras, SceneResult
 from train.plan import validation_plan
 from train.prepare import Batch, prepare
 from train.step import autocast
@@ -37,33 +37,45 @@ def validate(model: VGGT, split: Split, config: TrainConfig, world: World, worke
     names: list[str] = figure_names(config)
     sums = torch.zeros(2, len(names), dtype=torch.float64)  # of the figures, and how many scenes had each
     pictured: list[SceneResult] = []
-    steps = validation_plan(config.data, split.lengths, world.rank, world.size)
+    steps, counted = validation_plan(config.data, split.lengths, world.rank, world.size)
     batches = stream(
         lambda last: ValidationSteps(split, steps[last.step if last else 0 :]),
         workers,
         pin_memory=world.device.type == "cuda",
     )
-    for raw in batches:
+    for number, raw in enumerate(batches):
         batch = prepare(raw, world.device, with_points=config.loss.point > 0)
         with autocast(config, world.device):
             predictions = model(batch["images"])
+        if number >= counted:
+            continue
         figures = scene_figures(predictions, batch, config)
         for i, name in enumerate(names):
             if name in figures:
                 sums[:, i] += torch.tensor([figures[name], 1], dtype=torch.float64)
         if len(pictured) < PICTURED and "depth" in predictions:
-            pictured.append(
-                SceneResult(
-                    name=raw["keys"][0][0].rpartition("/")[0],
-                    images=batch["images"][0].cpu(),
-                    predicted=predictions["depth"][0, ..., 0].float().cpu(),
-                    truth=batch["depth"][0].cpu(),
-                    mask=batch["mask"][0].cpu(),
-                )
-            )
+            pictured.append(picture_of(raw["keys"][0][0].rpartition("/")[0], predictions, batch))
     model.train()
     totals, counts = world.sum(sums.to(world.device)).cpu()
     return Validation({name: float(totals[i] / counts[i]) for i, name in enumerate(names) if counts[i] > 0}, pictured)
+
+
+def picture_of(name: str, predictions: dict[str, Any], batch: Batch) -> SceneResult:
+    """The first scene of a batch, to be drawn."""
+    height, width = batch["images"].shape[-2:]
+    predicted = None
+    if "pose_enc" in predictions:
+        predicted = Cameras(*(x.cpu() for x in decode_pose(predictions["pose_enc"][0].float(), height, width)))
+    return SceneResult(
+        name=name,
+        images=batch["images"][0].cpu(),
+        predicted=predictions["depth"][0, ..., 0].float().cpu(),
+        confidence=predictions["depth_conf"][0].float().cpu(),
+        truth=batch["depth"][0].cpu(),
+        mask=batch["mask"][0].cpu(),
+        true_cameras=Cameras(batch["extrinsics"][0].cpu(), batch["intrinsics"][0].cpu()),
+        predicted_cameras=predicted,
+    )
 
 
 def figure_names(config: TrainConfig) -> list[str]:
