@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
 import socket
 import threading
@@ -16,6 +15,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 from urllib.parse import urlsplit
+
+from shards.processes import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +79,13 @@ def _stop(*_: object) -> None:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it however it ends: an orphan would wait for work for ever.
+    """Leave Ctrl-C to the parent, and end with it.
 
     When terminated, a task ends by an exception, so that it removes its temporary files.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGTERM, _stop)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 @contextmanager

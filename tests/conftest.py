@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_figures import SHARED
+import torch
+from golden_figures import SHARED, golden_weights, load_json
 
 from shards.schema import FrameMeta
 
@@ -56,6 +57,14 @@ def shard_dir(captures, tmp_path_factory):
     done = vggt_prep("pack", *source, "--out", out, *options)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A checkpoint as published, of the smallest size, with all its heads."""
+    path = tmp_path_factory.mktemp("init") / "model.pt"
+    torch.save(golden_weights(load_json("tiny_manifest.json")), path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -13,73 +13,13 @@ import cv2
 import pytest
 import torch
 import yaml
-from conftest import BIN, ROOT, run_command, vggt_prep
-from golden_figures import golden_weights, load_json
+from conftest import run_command, vggt_prep
+from runs import SCRATCH, assert_same_run, checkpoint, metrics, run_trainer, start, trainer, wait_for
 
 import shards
 from train.config import load_config
 from train.loader import Split
 from train.plan import DataState, TrainingPlan
-
-# Four steps an epoch of the smallest model on small images; every step is a checkpoint.
-SMALL = [
-    *("model.preset=tiny", "precision=fp32", "data.width=56", "data.views=[2, 3]", "data.val_scenes=2"),
-    *("data.val_views=3", "max_img_per_gpu=6", "accum_steps=2", "log_every=1", "optim.lr=1e-3"),
-    *("checkpoint.every=1", "checkpoint.keep=20", "val_every=100"),
-]
-SCRATCH = ["model.freeze=[]"]
-LOCAL = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-
-
-def trainer(shard_dir, out, *overrides, processes=1, config=None):
-    launch = [BIN / "python"] if processes == 1 else [BIN / "torchrun", *LOCAL, f"--nproc_per_node={processes}"]
-    command = [*launch, "train/main.py", *(["--config", config] if config else [])]
-    return [*command, f"data.shards={shard_dir}", f"out_dir={out}", *SMALL, *overrides]
-
-
-def run_trainer(*arguments, **options):
-    command = trainer(*arguments, **options)
-    return run_command(command[0].name, *command[1:], OMP_NUM_THREADS="1")
-
-
-def start(command):
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(path, process, timeout=120):
-    end = time.monotonic() + timeout
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.02)
-
-
-def checkpoint(out, step):
-    return torch.load(out / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
-
-
-def metrics(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {(line["step"], line["split"]): {k: v for k, v in line.items() if k.startswith("loss")} for line in lines}
-
-
-def assert_same_run(a, b, step):
-    one, two = checkpoint(a, step), checkpoint(b, step)
-    assert one["data"] == two["data"]
-    for name, value in one["model"].items():
-        assert torch.equal(value, two["model"][name]), name
-    for index, state in one["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, two["optimizer"]["state"][index][name])
-    assert metrics(a) == metrics(b)
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +28,6 @@ def whole_run(shard_dir, tmp_path_factory):
     done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8")
     assert done.returncode == 0, done.stderr
     return out, done.stdout
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A checkpoint as published, of the smallest size, with all its heads."""
-    path = tmp_path_factory.mktemp("init") / "model.pt"
-    torch.save(golden_weights(load_json("tiny_manifest.json")), path)
-    return path
 
 
 def test_a_run_leaves_everything_that_is_promised(whole_run):

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -60,6 +62,21 @@ class World:
             dist.barrier()
 
 
+def _fresh_store() -> Store:
+    """Where the ranks find each other, free of what ranks that died have left there.
+
+    torchrun 2.13 gives ranks that it restarts the store of those before, with their addresses in it, and they may wait
+    for ever. On a single node all know how often that was. Raises ValueError on several, where they do not.
+    """
+    store, _, _ = next(rendezvous("env://"))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise ValueError("to restart ranks on several nodes, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    return PrefixStore(f"restart_{restarts}", store)
+
+
 @contextmanager
 def start_world(*, tf32: bool) -> Iterator[World]:
     """Join the process group that torchrun describes in the environment (nccl on GPUs, else gloo); leave it after."""
@@ -76,7 +93,8 @@ def start_world(*, tf32: bool) -> Iterator[World]:
         # torchrun allows each rank a single thread; share the cores out instead.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=size)
     yield World(rank, size, local_size, device)
     if size > 1:  # not after an exception: other ranks may be waiting in a collective, and torchrun ends them
         dist.destroy_process_group()

@@ -36,6 +36,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from shards import DamagedMemberError, ShardSet, StorageError
 from shards.codecs import decode_depth, decode_jpeg
 from shards.pixels import nearest
+from shards.processes import end_with_parent
 from shards.schema import FRAMES_FILE
 from train.augment import draw_colour, no_colour
 from train.plan import DataState, Scene, Step, StepShape, TrainingPlan
@@ -379,7 +380,11 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
 
 
 def start_worker(_: int) -> None:
-    """Leave stopping to the trainer: a signal to the whole process group must not take the next batch away from it."""
+    """Leave stopping to the trainer: a signal to the whole process group must not take the next batch away from it.
+
+    But end with it: torch looks for the parent, which is the server that forked the worker.
+    """
+    end_with_parent()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)  # there is a worker a core
