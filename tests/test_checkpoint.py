@@ -50,6 +50,58 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path):
         find_newest(tmp_path)
 
 
+KILLED_IN_SAVE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from train.checkpoint import CheckpointConfig, save
+stages, stop = 0, int(sys.argv[2])
+def killed_before(function):
+    def call(*arguments, **options):
+        global stages
+        stages += 1
+        if stages == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+torch.save = killed_before(torch.save)
+os.fsync = killed_before(os.fsync)
+for name in ("open", "replace", "symlink_to", "unlink", "mkdir"):
+    setattr(Path, name, killed_before(getattr(Path, name)))
+save(Path(sys.argv[1]), 3, {"model": {"w": torch.full((3,), 3.0)}, "step": 3}, CheckpointConfig(keep=1))
+print("saved in", stages)
+"""
+
+
+def test_a_save_that_is_killed_at_any_stage_leaves_a_loadable_latest(tmp_path):
+    saved = []
+    for stop in range(1, 12):
+        folder = tmp_path / str(stop)
+        for step in (1, 2):
+            save(folder, step, content(step), CheckpointConfig(keep=2))
+        done = run_command("python", "-c", KILLED_IN_SAVE, folder, stop)
+        assert done.returncode in (0, -9), done.stderr
+        saved.append(done.returncode == 0)
+        step = torch.load(folder / "latest", weights_only=True)["step"]
+        assert step in (2, 3)
+        assert load(find_newest(folder))["step"] >= step
+        assert not list(folder.glob("*.tmp"))  # find_newest cleans up
+    assert saved == sorted(saved)  # each stage was one of those before the end
+    assert saved.index(True) >= 6
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("owned",))
+
+
+def test_a_malicious_checkpoint_is_refused(tmp_path, capsys):
+    torch.save({"model": Payload()}, step_file(tmp_path, 1))
+    with pytest.raises(ValueError, match="not a checkpoint of this trainer"):
+        load(find_newest(tmp_path))
+    assert "owned" not in capsys.readouterr().out
+
+
 FILL_THE_DISK = """
 import resource, sys, torch
 from pathlib import Path

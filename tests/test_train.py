@@ -25,9 +25,18 @@ from train.plan import DataState, TrainingPlan
 @pytest.fixture(scope="module")
 def whole_run(shard_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8")
+    command = trainer(shard_dir, out, *SCRATCH, "max_steps=8", "steps_per_epoch=4")
+    done = run_command(command[0].name, *command[1:], OMP_NUM_THREADS="1", MY_TOKEN="hf_aSecretOfTheEnvironment")
     assert done.returncode == 0, done.stderr
+    assert "aSecretOf" not in done.stdout + done.stderr
     return out, done.stdout
+
+
+def test_nothing_of_the_environment_is_written_down(whole_run):
+    files = [path for path in whole_run[0].rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert b"aSecretOf" not in path.read_bytes(), path
 
 
 def test_a_run_leaves_everything_that_is_promised(whole_run):
@@ -59,15 +68,37 @@ def test_the_loss_falls_clearly(shard_dir, tmp_path):
 
 def test_a_killed_run_equals_an_uninterrupted_one(shard_dir, whole_run, tmp_path):
     out = tmp_path / "killed"
-    command = trainer(shard_dir, out, *SCRATCH, "max_steps=8")
+    command = trainer(shard_dir, out, *SCRATCH, "max_steps=8", "steps_per_epoch=4")
     for step in (2, 5):
         process = start(command)
         wait_for(out / "checkpoints" / f"step-{step:08d}.pt", process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "data.workers=2")
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "steps_per_epoch=4", "data.workers=2")
     assert done.returncode == 0, done.stderr
     assert f"resuming {out} at step" in done.stdout
+    assert_same_run(out, whole_run[0], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [(0, 1), (4, 4), (3, 4, 7)])
+def test_killed_at_the_start_at_the_end_of_an_epoch_or_twice_in_a_row_it_is_the_same_run(
+    shard_dir, whole_run, tmp_path, kills
+):
+    """An epoch has four steps. Step 0: before there is any checkpoint."""
+    out = tmp_path / "killed"
+    for number, step in enumerate(kills):
+        command = trainer(shard_dir, out, *SCRATCH, "max_steps=8", "steps_per_epoch=4", f"data.workers={number % 3}")
+        process = start(command)
+        if step in kills[:number]:  # twice: killed as soon as it is back at work
+            while "resuming" not in process.stdout.readline():
+                assert process.poll() is None
+        else:
+            wait_for(out / "checkpoints" / f"step-{step:08d}.pt" if step else out / "metrics.jsonl", process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "steps_per_epoch=4")
+    assert done.returncode == 0, done.stderr
     assert_same_run(out, whole_run[0], 8)
 
 
@@ -107,7 +138,7 @@ def test_a_signal_to_the_whole_group_finishes_the_step_saves_and_marks(shard_dir
 def test_a_finished_run_says_so_and_stays(shard_dir, whole_run):
     out, _ = whole_run
     before = (out / "metrics.jsonl").read_bytes()
-    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8")
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "steps_per_epoch=4")
     assert done.returncode == 0, done.stderr
     assert "it is finished" in done.stdout
     assert (out / "metrics.jsonl").read_bytes() == before

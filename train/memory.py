@@ -99,7 +99,7 @@ def said_out_of_memory(batch: Batch, config: TrainConfig, step: int) -> Iterator
     try:
         yield
     except RuntimeError as error:  # on a CPU it is a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         scenes, views, _, height, width = batch["images"].shape
         device = batch["images"].device

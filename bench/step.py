@@ -1,0 +1,289 @@
+"""What the trainer adds to the work of a step, as ratios.
+
+    python bench/step.py loop          the loop's step over its bare forward, losses, backward and optimizer
+    python bench/step.py wait          the share of time spent waiting for data, trainer and worker on a core each
+    python bench/step.py ranks         two processes against one, and what sharing gradients costs
+    python bench/step.py checkpoint    a checkpoint of the recipe's size, against writing as many bytes
+    python bench/step.py memory        full size: peak memory of two chunks against one (needs 16 GB, some minutes)
+
+The first three train the small model of demo.yaml, on rendered scenes in their shards or, for `ranks`, on noise.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from pairs import ratio, seconds
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import shards
+import train.main
+from prep.executors import process_pool
+from prep.pack import PackOptions, pack
+from train.checkpoint import CheckpointConfig, save
+from train.config import TrainConfig, load_config
+from train.distributed import World, start_world
+from train.loader import Split, TrainingSteps, load_step, stream
+from train.losses import denominators, losses
+from train.optim import clip_gradients, make_optimizer
+from train.parallel import distribute, gradients_shared
+from train.plan import DataState, TrainingPlan
+from train.prepare import Batch, normalize_scenes, prepare
+from train.report import Reporter
+from train.step import forward_backward
+from vggt import VGGT, preset
+
+ROOT = Path(__file__).parents[1]
+ALONE = World(0, 1, 1, torch.device("cpu"))
+STEPS = 6
+NEVER = 10**9
+
+
+@contextmanager
+def packed() -> Iterator[Split]:
+    """Rendered scenes of the size that the demo's are."""
+    from prep.co3d import Co3D
+    from prep.synth import SynthOptions, synth
+
+    with TemporaryDirectory() as name, process_pool(2, ["prep.pack", "prep.synth"]) as pool:
+        folder = Path(name)
+        synth(folder, SynthOptions(scenes=16, frames=30, seed=0), pool, on_scene=lambda: None)
+        source = Co3D(folder / "co3d", folder / "annotations", ("train",))
+        pack(source, folder / "set", PackOptions(), pool, max_bad=0, parallel=2)
+        yield Split([shards.open(folder / "set")], "train")
+
+
+def demo(*overrides: str) -> TrainConfig:
+    options = [f"val_every={NEVER}", f"checkpoint.every={NEVER}", f"log_every={STEPS}", "data.shards=unused"]
+    return load_config(ROOT / "train" / "configs" / "demo.yaml", [*options, *overrides])
+
+
+def small_model(config: TrainConfig) -> VGGT:
+    torch.manual_seed(0)
+    return VGGT(preset("demo", heads=config.loss.heads, head_chunk=config.model.head_chunk)).train()
+
+
+def plan_of(config: TrainConfig, split: Split) -> TrainingPlan:
+    return TrainingPlan(
+        config=config.data, lengths=split.lengths, seed=0, max_img_per_gpu=config.max_img_per_gpu, world_size=1
+    )
+
+
+class Sink(Reporter):
+    """Reports as a run does, and keeps the scalars."""
+
+    def __init__(self, out_dir: Path, total_steps: int) -> None:
+        super().__init__(out_dir, is_main=True, first_step=0, total_steps=total_steps)
+        self.console.quiet = True
+        self.kept: list[dict[str, float]] = []
+
+    def scalars(self, step: int, split: str, values: dict[str, float]) -> None:
+        super().scalars(step, split, values)
+        self.kept.append(values)
+
+
+def run_loop(config: TrainConfig, model: VGGT, optimizer: Any, split: Split, batches: Any, reporter: Reporter) -> None:
+    """train.main.train on these batches, without validation and checkpoints."""
+    plan = plan_of(config, split)
+    train.main.stream = lambda *_, **__: batches
+    train.main.train(
+        config,
+        ALONE,
+        model,
+        optimizer,
+        split,
+        plan,
+        plan.start(),
+        0,
+        reporter,
+        lambda step: None,
+        lambda after: None,
+    )
+
+
+def loop() -> None:
+    torch.set_num_threads(1)
+    with packed() as split, TemporaryDirectory() as folder:
+        config = demo(f"max_steps={STEPS}")
+        plan, state, raws = plan_of(config, split), DataState(0, (0,)), []
+        for _ in range(STEPS):
+            raws.append(load_step(split, plan.step(state, 0)))
+            state = plan.after(state)
+        model = small_model(config)
+        optimizer = make_optimizer(model, config.optim)
+        reporter = Sink(Path(folder), STEPS)
+        prepared = [prepare(raw, ALONE.device, with_points=False) for raw in raws]
+
+        def bare(batches: list[Batch]) -> None:
+            for batch in batches:
+                terms = losses(model(batch["images"]), batch, denominators(batch, config.loss), config.loss)
+                terms["loss_objective"].backward()
+                clip_gradients(model, config.optim.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def ours() -> None:
+            run_loop(config, model, optimizer, split, iter(raws), reporter)
+
+        print("the loop's step over the bare one (at most 1.03):", ratio(ours, lambda: bare(prepared)))
+        again = [prepare(raw, ALONE.device, with_points=False) for raw in raws]
+        print(
+            "the same, preparing the batch (floats, jitter, scale) in both:",
+            ratio(ours, lambda: bare([prepare(raw, ALONE.device, with_points=False) for raw in raws])),
+            f"({len(again)} steps a run)",
+        )
+
+
+def pin(core: int) -> None:
+    """All threads of this process to one core; what it starts from now on, too."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+
+def wait() -> None:
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    with packed() as split, TemporaryDirectory() as folder:
+        steps = 40
+        config = demo(f"max_steps={steps}")
+        plan = plan_of(config, split)
+        pin(cores[1])  # the loader's worker is started from here
+        batches = stream(lambda last: TrainingSteps(split, plan, 0, last or plan.start(), NEVER), 1, False)
+        for _ in range(3):
+            next(batches)
+        alone = statistics.median(seconds(lambda: next(batches)) for _ in range(60))
+        pin(cores[0])
+        model = small_model(config)
+        reporter = Sink(Path(folder), steps)
+        numbered = ({**batch, "after": DataState(i + 1, (0,))} for i, batch in enumerate(batches))
+        began = time.perf_counter()
+        run_loop(config, model, make_optimizer(model, config.optim), split, numbered, reporter)
+        step = (time.perf_counter() - began) / steps
+        waits = [values["data_wait"] for values in reporter.kept if "data_wait" in values]
+        print(
+            f"loader alone {step / alone:.1f} times as fast as the step (at least 1.5); waiting for data "
+            f"{statistics.mean(waits):.2%} of the time (at most 2%), of log lines at most {max(waits):.2%}"
+        )
+
+
+def noise(scenes: int, views: int, height: int, width: int) -> Batch:
+    """A prepared batch of nothing in particular."""
+    k = torch.tensor([[300.0, 0, (width - 1) / 2], [0, 300, (height - 1) / 2], [0, 0, 1]]).expand(scenes, views, 3, 3)
+    extrinsics = torch.eye(4)[:3].expand(scenes, views, 3, 4).contiguous()
+    depth = torch.rand(scenes, views, height, width) + 1
+    mask = torch.ones_like(depth, dtype=torch.bool)
+    extrinsics, depth, points, scale = normalize_scenes(extrinsics, k, depth, mask)
+    images = torch.rand(scenes, views, 3, height, width)
+    out = {"images": images, "extrinsics": extrinsics, "intrinsics": k, "depth": depth, "mask": mask, "points": points}
+    return out | {"scale": scale, "has_scale": torch.ones(scenes, dtype=torch.bool)}
+
+
+def rank() -> None:
+    """What each process of `ranks` does: prints seconds a step, and what sharing gradients costs."""
+    with start_world(tf32=False) as world:
+        torch.set_num_threads(1)
+        config = demo()
+        model = distribute(small_model(config), config.strategy, bf16=False, world=world)
+        batch = noise(4, 3, 84, 112)
+
+        def step(shared: bool) -> None:
+            with gradients_shared(model, shared):
+                predictions = model(batch["images"])
+                losses(predictions, batch, denominators(batch, config.loss), config.loss)["loss_objective"].backward()
+            world.barrier()
+
+        cost = ratio(lambda: step(True), lambda: step(False), pairs=25) if world.size > 1 else ""
+        took = statistics.median(seconds(lambda: step(True)) for _ in range(25))
+        if world.is_main:
+            print(took, cost, sep="|")
+
+
+def ranks() -> None:
+    launcher = str(Path(sys.executable).parent / "torchrun")
+    found = {1: [], 2: []}
+    for _ in range(5):
+        for count, rows in found.items():
+            command = [launcher, "--standalone", f"--nproc_per_node={count}", __file__, "rank"]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            rows.append(output.strip().splitlines()[-1].split("|"))
+    speedups = sorted(2 * float(one[0]) / float(two[0]) for one, two in zip(found[1], found[2], strict=True))
+    print(
+        f"throughput of two processes over one: {statistics.median(speedups):.2f} ({speedups[0]:.2f} to "
+        f"{speedups[-1]:.2f}, 5 pairs); a step that shares gradients over one that does not: {found[2][-1][1]}"
+    )
+
+
+def checkpoint() -> None:
+    """Weights of the recipe's model, and two moments of what it trains: 6.6 GB."""
+    with torch.device("meta"):
+        model = VGGT(preset("1b", heads=("camera", "depth")))
+    state = {name: torch.empty(value.shape) for name, value in model.state_dict().items()}
+    trained = [name for name in state if not name.startswith("aggregator")]
+    moments = {i: {"exp_avg": torch.empty_like(state[n]), "exp_avg_sq": state[n]} for i, n in enumerate(trained)}
+    content = {"model": state, "optimizer": {"state": moments}}
+    size = sum(t.nbytes for t in (*state.values(), *(m for part in moments.values() for m in part.values())))
+    block = torch.empty(2**26, dtype=torch.uint8).numpy()
+
+    with TemporaryDirectory(dir=".") as name:
+
+        def plain() -> None:
+            with (Path(name) / "plain").open("wb") as file:
+                for _ in range(size // len(block)):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+
+        def ours() -> None:
+            shutil.rmtree(Path(name) / "checkpoints", ignore_errors=True)
+            save(Path(name) / "checkpoints", 1, content, CheckpointConfig())
+
+        took = seconds(ours)
+        print(
+            f"{size / 1e9:.1f} GB in {took:.0f} s; over writing as many bytes: {ratio(ours, plain, pairs=5)}; at one "
+            f"every 400 steps that is {took / 400:.2f} s a step"
+        )
+
+
+def peak(chunks: int) -> None:
+    """Prints the peak memory of forward and backward, at full size, of two scenes of two views."""
+    options = ["init=unused", "precision=fp32", f"accum_steps={chunks}"]
+    config = load_config(ROOT / "train" / "configs" / "default.yaml", options)
+    with torch.device("meta"):
+        model = VGGT(preset("1b", heads=("camera", "depth"), head_chunk=1))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    model.aggregator.requires_grad_(False)
+    terms: dict[str, Tensor] = forward_backward(model.train(), noise(2, 4, 266, 518), config)
+    assert terms
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+
+
+def memory() -> None:
+    found = []
+    for chunks in (1, 2):
+        command = [sys.executable, __file__, f"peak-{chunks}"]
+        found.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    print(f"two scenes of four views of 266x518: {found[0]:.2f} GB in one chunk, {found[1]:.2f} GB in two")
+
+
+PARTS = {"loop": loop, "wait": wait, "ranks": ranks, "rank": rank, "checkpoint": checkpoint, "memory": memory}
+PARTS |= {"peak-1": lambda: peak(1), "peak-2": lambda: peak(2)}
+
+if __name__ == "__main__":
+    PARTS[sys.argv[1]]()
