@@ -83,6 +83,7 @@ bench: setup
 	@for part in rates workers remote spread; do $(BIN)/python bench/loader.py $$part || exit 1; done
 	@for part in decode index; do $(BIN)/python bench/reading.py $$part || exit 1; done
 	@for part in speed memory full; do $(BIN)/python bench/model.py $$part || exit 1; done
+	@for part in loop wait ranks checkpoint memory; do $(BIN)/python bench/step.py $$part || exit 1; done
 
 clean:
 	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi

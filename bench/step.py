@@ -139,13 +139,12 @@ def loop() -> None:
         def ours() -> None:
             run_loop(config, model, optimizer, split, iter(raws), reporter)
 
-        print("the loop's step over the bare one (at most 1.03):", ratio(ours, lambda: bare(prepared)))
-        again = [prepare(raw, ALONE.device, with_points=False) for raw in raws]
-        print(
-            "the same, preparing the batch (floats, jitter, scale) in both:",
-            ratio(ours, lambda: bare([prepare(raw, ALONE.device, with_points=False) for raw in raws])),
-            f"({len(again)} steps a run)",
-        )
+        with reporter:
+            print("the loop's step over the bare one (at most 1.03):", ratio(ours, lambda: bare(prepared)))
+            print(
+                "the same, preparing the batch (floats, jitter, scale) in both:",
+                ratio(ours, lambda: bare([prepare(raw, ALONE.device, with_points=False) for raw in raws])),
+            )
 
 
 def pin(core: int) -> None:
@@ -171,7 +170,8 @@ def wait() -> None:
         reporter = Sink(Path(folder), steps)
         numbered = ({**batch, "after": DataState(i + 1, (0,))} for i, batch in enumerate(batches))
         began = time.perf_counter()
-        run_loop(config, model, make_optimizer(model, config.optim), split, numbered, reporter)
+        with reporter:
+            run_loop(config, model, make_optimizer(model, config.optim), split, numbered, reporter)
         step = (time.perf_counter() - began) / steps
         waits = [values["data_wait"] for values in reporter.kept if "data_wait" in values]
         print(

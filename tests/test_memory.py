@@ -51,9 +51,7 @@ def test_what_needs_less_memory_is_estimated_lower():
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: ..."
-        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: ..."),
     ],
 )
 def test_out_of_memory_says_the_numbers_of_the_step_and_what_to_lower(error):

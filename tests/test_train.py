@@ -20,6 +20,7 @@ import shards
 from train.config import load_config
 from train.loader import Split
 from train.plan import DataState, TrainingPlan
+from vggt import VGGT, preset
 
 
 @pytest.fixture(scope="module")
@@ -299,14 +300,44 @@ def test_steps_that_are_not_finite_are_skipped_listed_and_limited(shard_dir, pub
     assert torch.equal(first["camera_head.embed_pose.weight"], state["camera_head.embed_pose.weight"])
 
 
-@pytest.mark.slow
-def test_real_captures_train_with_one_and_two_processes(co3d_mini, tmp_path):
+@pytest.fixture(scope="module")
+def real_set(co3d_mini, tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / "set"
     options = ("--co3d-dir", co3d_mini / "co3d", "--annotation-dir", co3d_mini / "annotations", "--short-side", 150)
-    assert run_command("vggt-prep", "pack", *options, "--out", tmp_path / "set").returncode == 0
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        steps = ("max_steps=20", "log_every=5", "checkpoint.every=20")
-        done = run_trainer(tmp_path / "set", out, *SCRATCH, *steps, processes=processes)
-        assert done.returncode == 0, done.stderr
-        losses = metrics(out)
-        assert losses[20, "train"]["loss_objective"] < 0.7 * losses[5, "train"]["loss_objective"]
+    assert run_command("vggt-prep", "pack", *options, "--out", out).returncode == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_real_captures_train(real_set, tmp_path, processes):
+    steps = ("max_steps=20", "log_every=5", "checkpoint.every=20")
+    done = run_trainer(real_set, tmp_path, *SCRATCH, *steps, processes=processes)
+    assert done.returncode == 0, done.stderr
+    losses = metrics(tmp_path)
+    assert losses[20, "train"]["loss_objective"] < 0.7 * losses[5, "train"]["loss_objective"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_real_captures_train_are_killed_resume_export_and_load(real_set, published, tmp_path, strategy):
+    """Two processes fine-tune a published checkpoint; what comes out loads wherever that does."""
+    out = tmp_path / "run"
+    options = (f"init={published}", f"strategy={strategy}", "max_steps=6")
+    process = start(trainer(real_set, out, *options, processes=2))
+    wait_for(out / "checkpoints" / "step-00000003.pt", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    subprocess.run(["pkill", "-KILL", "-f", str(out)], check=False)  # torchrun starts ranks in sessions of their own
+    done = run_trainer(real_set, out, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    exported = run_command(
+        "python", "-m", "train.export", out / "checkpoints" / "latest", "--out", tmp_path / "mine.pt"
+    )
+    assert exported.returncode == 0, exported.stderr
+    before, after = VGGT.from_pretrained(published, preset("tiny")), VGGT.from_pretrained(tmp_path / "mine.pt")
+    assert before.state_dict().keys() == after.state_dict().keys()
+    moved = {name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])}
+    assert {name.partition(".")[0] for name in moved} == {"camera_head", "depth_head"}
