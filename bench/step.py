@@ -111,7 +111,8 @@ def run_loop(config: TrainConfig, model: VGGT, optimizer: Any, split: Split, bat
         0,
         reporter,
         lambda step: None,
-        lambda after: None,
+        lambda after, stopped: None,
+        [],
     )
 
 

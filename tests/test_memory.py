@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, run_command
 from runs import SCRATCH, run_trainer, trainer
-from test_parallel import NO_QUANTILE, make_batch
+from test_parallel import NO_QUANTILE
 
 from train.config import load_config
 from train.distributed import World
@@ -15,6 +15,7 @@ from train.optim import freeze
 from vggt import VGGT, preset
 from vggt.memory import hold_in_bf16
 
+ALONE = World(0, 1, 1, torch.device("cpu"))
 # GB of the process at its peak, measured by bench/model.py memory: camera and depth head trained at 266x518 in float32,
 # without the optimizer, by number of views.
 MEASURED = {2: 6.36, 4: 6.42, 8: 6.66, 16: 6.75}
@@ -55,12 +56,15 @@ def test_what_needs_less_memory_is_estimated_lower():
     ],
 )
 def test_out_of_memory_says_the_numbers_of_the_step_and_what_to_lower(error):
-    config, batch = load_config(None, [*NO_QUANTILE, "accum_steps=3"]), make_batch(5, views=2)
-    with pytest.raises(ValueError, match="step 7: out of memory") as caught, said_out_of_memory(batch, config, 7):
+    config, images = load_config(None, [*NO_QUANTILE, "accum_steps=3"]), torch.zeros(5, 2, 3, 42, 56)
+    with (
+        pytest.raises(ValueError, match="step 7: out of memory") as caught,
+        said_out_of_memory(images, config, ALONE, 7),
+    ):
         raise error
     for words in ("5 scenes of 2 views of 42x56", "3 chunks", "accum_steps (3)", "max_img_per_gpu (48)", "head_chunk"):
         assert words in str(caught.value)
-    with pytest.raises(RuntimeError, match="a bug"), said_out_of_memory(batch, config, 7):
+    with pytest.raises(RuntimeError, match="a bug"), said_out_of_memory(images, config, ALONE, 7):
         raise RuntimeError("a bug")
 
 

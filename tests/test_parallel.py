@@ -111,7 +111,9 @@ with start_world(tf32=False) as world:
     for strategy in ("ddp", "fsdp"):
         model = distribute(make_model(load_config(None, NO_QUANTILE)), strategy, bf16=False, world=world)
         for chunks in (1, 2, 3):
-            found = whole(gradients(model, batches[world.rank], chunks, NO_QUANTILE))
+            found = whole(gradients(model, batches[world.rank], chunks, NO_QUANTILE), world)
+            if not world.is_main:
+                continue
             largest = max(value.abs().max() for value in expected.values()) / world.size
             off = max((value - expected[name] / world.size).abs().max() for name, value in found.items())
             assert found.keys() == expected.keys()
@@ -132,7 +134,7 @@ def run_ranks(code, tmp_path, *arguments, processes=2, **environment):
 def test_the_gradient_of_ranks_is_the_mean_of_theirs_whatever_the_strategy_and_chunks(tmp_path):
     done = run_ranks(RANKS, tmp_path, ROOT / "tests")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 12
+    assert done.stdout.count("equal") == 6
 
 
 def close(a, b, tolerance):
@@ -182,7 +184,7 @@ def test_bf16_and_a_frozen_aggregator_held_in_it_train_with_either_strategy(shar
         out = tmp_path / held
         done = run_trainer(shard_dir, out, *options, f"model.aggregator_dtype={held}", processes=2)
         assert done.returncode == 0, done.stderr
-    close(metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16"), 1e-6 if strategy == "ddp" else 2e-2)
+    close(metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16"), 1e-6)
     everything = run_trainer(shard_dir, tmp_path / "all", *options, "model.freeze=[]", processes=2)
     assert everything.returncode == 0, everything.stderr
 

@@ -91,7 +91,7 @@ def find_newest(folder: Path, *, mend: bool = True) -> Path | None:
             damaged = str(error)
         if damaged is None:
             return path
-        log.warning("%s is damaged (%s) and set aside; taking the one before", path, damaged)
+        log.warning("%s is damaged (%s)%s; taking the one before", path, damaged, " and set aside" if mend else "")
         if mend:
             path.rename(path.with_name(path.name + ".damaged"))
     if steps:
@@ -102,7 +102,7 @@ def find_newest(folder: Path, *, mend: bool = True) -> Path | None:
 def load(path: Path) -> dict[str, Any]:
     """What `save` was given. Raises ValueError if the file holds more than tensors and plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError) as error:
         what = "truncated, or not a checkpoint of this trainer"
         raise ValueError(f"{path}: {what} ({type(error).__name__})") from error

@@ -76,6 +76,8 @@ def main() -> None:
 
 
 def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
+    stop_asked = catch_signals()
+
     # Data
     if not config.data.sources:
         raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack, or its URL")
@@ -145,8 +147,8 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
         reporter.say(f"step {step}: {config.data.val_split} objective {result.figures['loss_objective']:.4f}")
         publish_pictures(result, step, out_dir, reporter)
 
-    def save_checkpoint(after: DataState) -> None:
-        weights, moments = whole(model.state_dict()), whole(optimizer.state_dict())  # on every rank: parts are gathered
+    def save_checkpoint(after: DataState, *, stopped: bool) -> None:
+        weights, moments = (whole(part.state_dict(), world) for part in (model, optimizer))  # gathered by all ranks
         if world.is_main:
             content = {
                 "model": weights,
@@ -157,19 +159,31 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
                 "shards": [shard_set.digest for shard_set in shard_sets],
             }
             save(out_dir / "checkpoints", after.step, content, config.checkpoint)
+            if stopped:
+                (out_dir / REQUEUE_FILE).touch()
         world.barrier()
 
     # Loop
     with reporter:
         stopped = train(
-            config, world, shared, optimizer, train_split, plan, state, workers, reporter, evaluate, save_checkpoint
+            config,
+            world,
+            shared,
+            optimizer,
+            train_split,
+            plan,
+            state,
+            workers,
+            reporter,
+            evaluate,
+            save_checkpoint,
+            stop_asked,
         )
 
     # Summary
     if not world.is_main:
         return
     if stopped:
-        (out_dir / REQUEUE_FILE).touch()
         reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command goes on from there")
     else:
         reporter.say(describe_run(config, out_dir))
@@ -186,7 +200,8 @@ def train(
     workers: int,
     reporter: Reporter,
     evaluate: Callable[[int], None],
-    save_checkpoint: Callable[[DataState], None],
+    save_checkpoint: Callable[..., None],
+    stop_asked: list[int],
 ) -> bool:
     """Train from `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
     batches = stream(
@@ -194,7 +209,6 @@ def train(
         workers,
         pin_memory=world.device.type == "cuda",
     )
-    stop_asked = catch_signals()
     if is_validation_step(config, state.step):
         evaluate(state.step)
     window = Window()
@@ -206,10 +220,10 @@ def train(
         waited = time.perf_counter() - began
         step = raw["after"].step  # counts the steps that are done
         lr = set_lr(optimizer, config.optim, step - 1, config.total_steps)
-        batch = prepare(raw, world.device, with_points=config.loss.point > 0)
         damaged.update(raw["bad"])
         counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
-        with said_out_of_memory(batch, config, step):
+        with said_out_of_memory(raw["images"], config, world, step):
+            batch = prepare(raw, world.device, with_points=config.loss.point > 0)
             outcome = train_step(model, optimizer, batch, config, world, stop=bool(stop_asked), **counts)
         bad, tried = bad + outcome.bad, tried + outcome.tried
         if tried >= MIN_TRIED and bad > config.data.max_bad * tried:
@@ -235,7 +249,7 @@ def train(
             reporter.scalars(step, config.data.train_split, values)
             reporter.progress(step, values)
         if step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop:
-            save_checkpoint(raw["after"])
+            save_checkpoint(raw["after"], stopped=outcome.stop and step < config.total_steps)
         if outcome.stop and step < config.total_steps:
             return True
         if is_validation_step(config, step):
@@ -277,11 +291,12 @@ def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: list
     advice = f"give another out_dir, or remove {config.out_dir} to start anew"
     if saved["shards"] != [shard_set.digest for shard_set in shard_sets]:
         raise ValueError(f"{config.out_dir}: was trained on other shards than {config.data.shards}; {advice}")
-    now, before = flatten(to_dict(config)), flatten(saved["config"])
+    defaults = flatten(to_dict(TrainConfig(init=config.init or "none")))
+    now, before = flatten(to_dict(config)), defaults | flatten(saved["config"])  # it may be older than a key
     for key in now:
-        if key not in MAY_CHANGE and now[key] != before.get(key):
+        if key not in MAY_CHANGE and now[key] != before[key]:
             raise ValueError(
-                f"{config.out_dir}: was trained with {key}={before.get(key)!r}, now it is {now[key]!r}; {advice}"
+                f"{config.out_dir}: was trained with {key}={before[key]!r}, now it is {now[key]!r}; {advice}"
             )
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from train.config import TrainConfig
 from train.distributed import World
 from train.loader import Split, load_step
-from train.plan import DataState, Step, StepShape, TrainingPlan, image_height, scenes_per_rank
-from train.prepare import Batch, prepare
+from train.plan import DataState, Step, TrainingPlan, image_height, scenes_per_rank
+from train.prepare import prepare
 from train.step import train_step
 from vggt import VGGT
 from vggt.config import VGGTConfig
@@ -53,15 +53,16 @@ def estimate_memory(model: VGGT, config: TrainConfig, world: World) -> MemoryEst
     share = world.size if config.strategy == "fsdp" else 1
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    copies = 4 if world.size > 1 and config.strategy == "ddp" else 3  # gradient, two moments; DDP's buckets
-    shape = StepShape(config.data.views[1], image_height(config.data.width, config.data.aspect[1]), config.data.width)
+    heads = [sum(p.numel() for p in m.parameters()) for name, m in model.named_children() if name != "aggregator"]
+    gathered = 2 * max(heads) * FLOAT if share > 1 else 0  # of one head at a time, weights and gradients
+    pixels = image_height(config.data.width, config.data.aspect[1]) * config.data.width
     trains = any(p.requires_grad for p in model.aggregator.parameters())
     low, high = config.data.views
     images = max(_chunk_images(config, views) for views in range(low, high + 1))
     return MemoryEstimate(
         weights=sum(p.numel() * p.element_size() for p in parameters) / share,
-        training=trained * copies * FLOAT / share,
-        chunk=_chunk_bytes(model.config, images, shape, bf16=config.precision == "bf16", trains=trains),
+        training=trained * 3 * FLOAT / share + gathered,  # gradient and two moments
+        chunk=_chunk_bytes(model.config, images, pixels, bf16=config.precision == "bf16", trains=trains),
     )
 
 
@@ -71,9 +72,8 @@ def _chunk_images(config: TrainConfig, views: int) -> int:
     return -(-scenes // min(config.accum_steps, scenes)) * views
 
 
-def _chunk_bytes(model: VGGTConfig, images: int, shape: StepShape, *, bf16: bool, trains: bool) -> float:
+def _chunk_bytes(model: VGGTConfig, images: int, pixels: int, *, bf16: bool, trains: bool) -> float:
     """What a chunk of that many images makes: tokens that are kept, one block at work, one run of a dense head."""
-    pixels = shape.height * shape.width
     tokens = images * (1 + model.registers + pixels // model.patch_size**2)
     width = tokens * model.embed_dim
     kept = len({model.depth - 1, *model.dense_layers}) * 2 * width * FLOAT
@@ -94,21 +94,23 @@ def peak_gb(device: torch.device) -> float:
 
 
 @contextmanager
-def said_out_of_memory(batch: Batch, config: TrainConfig, step: int) -> Iterator[None]:
-    """Raises ValueError with the numbers of the step and what to lower, if memory does not suffice for it."""
+def said_out_of_memory(images: torch.Tensor, config: TrainConfig, world: World, step: int) -> Iterator[None]:
+    """Raises ValueError with the numbers of the step and what to lower, if memory does not suffice for it.
+
+    images: those of the step, [B, S, 3, H, W].
+    """
     try:
         yield
     except RuntimeError as error:  # on a CPU it is a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        scenes, views, _, height, width = batch["images"].shape
-        device = batch["images"].device
+        scenes, views, _, height, width = images.shape
         raise ValueError(
-            f"step {step}: out of memory, {peak_gb(device):.1f} GB at its peak, with {scenes} scenes of {views} views "
-            f"of {height}x{width} a process in {min(config.accum_steps, scenes)} chunks. Raise accum_steps "
-            f"({config.accum_steps}), lower model.head_chunk ({config.model.head_chunk}), set "
-            f"model.aggregator_dtype=bf16 if it is frozen, or lower max_img_per_gpu ({config.max_img_per_gpu}) with "
-            f"data.views ({list(config.data.views)}); the same command goes on from the last checkpoint"
+            f"step {step}: out of memory, {peak_gb(world.device):.1f} GB at its peak, with {scenes} scenes of {views} "
+            f"views of {height}x{width} a process in {min(config.accum_steps, scenes)} chunks. Raise accum_steps "
+            f"({config.accum_steps}), lower model.head_chunk ({config.model.head_chunk}), set strategy=fsdp or, if the "
+            f"aggregator is frozen, model.aggregator_dtype=bf16, or lower max_img_per_gpu ({config.max_img_per_gpu}) "
+            f"with data.views ({list(config.data.views)}); the same command goes on from the last checkpoint"
         ) from error
 
 
@@ -122,27 +124,31 @@ def rehearse(
     state: DataState,
 ) -> str:
     """Try the heaviest of the next steps, and say what it took. The model is spoilt after that."""
-    step = heaviest(plan, state, world.rank, config)
+    count = min(REHEARSED, max(1, config.total_steps - state.step))
+    step = heaviest(plan, state, world.rank, config, count)
     began = time.perf_counter()
     raw = load_step(split, step)
     loaded = time.perf_counter()
-    batch = prepare(raw, world.device, with_points=config.loss.point > 0)
-    with said_out_of_memory(batch, config, step.after.step):
-        outcome = train_step(model, optimizer, batch, config, world, stop=False, bad=0, tried=raw["tried"])
-    loss = float(outcome.terms["loss_objective"])  # waits for the device
-    shape = step.shape
+    outcome = None
+    with said_out_of_memory(raw["images"], config, world, step.after.step):
+        for _ in range(2):  # the first makes the optimizer's moments, at its end
+            batch = prepare(raw, world.device, with_points=config.loss.point > 0)
+            outcome = train_step(model, optimizer, batch, config, world, stop=False, bad=0, tried=raw["tried"])
+    assert outcome is not None
+    loss, shape = float(outcome.terms["loss_objective"]), step.shape  # waits for the device
+    took = time.perf_counter() - loaded
     return (
-        f"dry run: the heaviest of the next {REHEARSED:,} steps ({len(step.scenes)} scenes of {shape.views} views of "
-        f"{shape.height}x{shape.width} a process) was read in {loaded - began:.1f} s and trained on in "
-        f"{time.perf_counter() - loaded:.1f} s, objective {loss:.3f}{'' if outcome.finite else ' (NOT FINITE)'}, "
-        f"with {peak_gb(world.device):.1f} GB at its peak. Nothing was written"
+        f"dry run: the heaviest of the next {count:,} steps ({len(step.scenes)} scenes of {shape.views} views of "
+        f"{shape.height}x{shape.width} a process) was read in {loaded - began:.1f} s and trained on twice in "
+        f"{took:.1f} s, objective {loss:.3f}{'' if outcome.finite else ' (NOT FINITE)'}, with "
+        f"{peak_gb(world.device):.1f} GB at its peak. Nothing was written"
     )
 
 
-def heaviest(plan: TrainingPlan, state: DataState, rank: int, config: TrainConfig) -> Step:
-    """Of the next steps the one whose largest chunk has the most pixels."""
+def heaviest(plan: TrainingPlan, state: DataState, rank: int, config: TrainConfig, count: int) -> Step:
+    """Of the next `count` steps the one whose largest chunk has the most pixels."""
     found, most = plan.step(state, rank), 0
-    for _ in range(REHEARSED):
+    for _ in range(count):
         shape = plan.shape(state.step)
         pixels = _chunk_images(config, shape.views) * shape.height * shape.width
         if pixels > most:

@@ -63,7 +63,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
     Of several factors for a parameter the last one counts. Raises ValueError for one that matches none.
     """
-    factors = {name: f.factor for f in config.lr_factors for name in _matching(model, f.names, "optim.lr_factors")}
+    factors: dict[str, float] = {}
+    for entry in config.lr_factors:
+        names = _matching(model, entry.names, "optim.lr_factors")
+        if not any(model.get_parameter(name).requires_grad for name in names):
+            raise ValueError(f"optim.lr_factors: all that {entry.names!r} matches is frozen; see model.freeze")
+        factors |= dict.fromkeys(names, entry.factor)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

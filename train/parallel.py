@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,20 +25,20 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
     """The model as the ranks train it together; a single one keeps it as it is. Every rank must hold equal weights.
 
     With fsdp, parameters become tensors of which each rank holds a part, in place. bf16: those of the aggregator's
-    attention and MLPs, which bf16 autocast would round at every use anyway, travel between ranks as bf16; everything
-    else, and all gradients, as float32.
+    linear layers, which bf16 autocast would round at every use anyway, travel between ranks as bf16; everything else,
+    and all gradients, as float32.
     """
     if world.size == 1:
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model, forward_sync_buffers=False)
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for module in model.aggregator.modules():
         if isinstance(module, Attention | Mlp):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard([m for m in module.children() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=policy)
     # No caller works in place on what a part returns, of which it warns.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -51,9 +51,10 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
 
 @contextmanager
 def gradients_shared(model: nn.Module, shared: bool) -> Iterator[None]:
-    """Whether the backward passes inside exchange gradients with the other ranks; if not, they pile up here."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(shared)
+    """Whether the backward passes inside exchange gradients with the other ranks; if not, they pile up here.
+
+    fsdp exchanges them always: whole gradients on every rank are what it is there to avoid.
+    """
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not shared else nullcontext():
         yield
 
@@ -63,15 +64,18 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def whole(state: Any) -> Any:
-    """A state dict with whole tensors where there are parts. Every rank must call it."""
+def whole(state: Any, world: World) -> Any:
+    """A state dict with whole tensors where there are parts, on the main rank. Every rank must call it."""
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+        return {key: whole(value, world) for key, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if world.is_main else None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the whole state dict of an optimizer into this one, whose parameters may be parts."""
+    """Load the state of an optimizer, whole, into this one, whose parameters may be parts; its settings stay."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]
@@ -80,4 +84,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 if value.shape == parameter.shape:  # not the number of steps
                     placed = value.to(parameter.device)
                     values[name] = distribute_tensor(placed, parameter.device_mesh, parameter.placements)
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})

@@ -71,7 +71,7 @@ def train_step(
     terms = forward_backward(model, batch, config)
     norms = clip_gradients(bare(model), config.optim.clip)
     finite = torch.stack([terms["loss_objective"], *norms.values()]).isfinite().all()
-    # The step's only wait for the device, and the only all-reduce beside the gradients'.
+    # The step's only wait for the device, and the only all-reduce beside those of gradients and (fsdp) their norms.
     flags = torch.stack([~finite, *torch.tensor([stop, bad, tried]).to(finite.device)]).double()
     broken, stops, all_bad, all_tried = world.sum(flags).tolist()
     if not broken:

@@ -24,7 +24,7 @@ PICTURED = 3  # scenes on the contact sheet
 
 @dataclass(frozen=True)
 class Validation:
-    """figures: means over the scenes of all ranks; scenes: those of this rank to be shown."""
+    """figures: means over the scenes of all ranks; scenes: some of the main rank's, to be shown."""
 
     figures: dict[str, float]
     scenes: list[SceneResult]
@@ -53,7 +53,7 @@ def validate(model: VGGT, split: Split, config: TrainConfig, world: World, worke
         for i, name in enumerate(names):
             if name in figures:
                 sums[:, i] += torch.tensor([figures[name], 1], dtype=torch.float64)
-        if len(pictured) < PICTURED and "depth" in predictions:
+        if world.is_main and len(pictured) < PICTURED and "depth" in predictions:
             pictured.append(picture_of(raw["keys"][0][0].rpartition("/")[0], predictions, batch))
     model.train()
     totals, counts = world.sum(sums.to(world.device)).cpu()
