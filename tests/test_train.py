@@ -146,6 +146,18 @@ def test_a_finished_run_says_so_and_stays(shard_dir, whole_run):
 
 
 @pytest.mark.slow
+def test_compiled_blocks_train_the_same(shard_dir, whole_run, tmp_path):
+    """Through steps of several shapes."""
+    out, _ = whole_run
+    done = run_trainer(shard_dir, tmp_path, *SCRATCH, "max_steps=8", "steps_per_epoch=4", "compile=true")
+    assert done.returncode == 0, done.stderr
+    expected = metrics(out)
+    for line, terms in metrics(tmp_path).items():
+        for name, value in terms.items():
+            assert value == pytest.approx(expected[line][name], rel=1e-3, abs=1e-3), (line, name)
+
+
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_train_are_killed_and_resume_to_the_same_run(shard_dir, tmp_path):
     runs = [tmp_path / "whole", tmp_path / "killed"]
