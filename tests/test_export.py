@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_command
 from golden_figures import golden_weights, load_json
-from test_train import SMALL
+from runs import SMALL
 
 from vggt import VGGT, preset
 from vggt.weights import read_checkpoint

@@ -130,3 +130,22 @@ def test_the_quantile_is_the_one_by_sorting(count):
     below = chosen[chosen < chosen[round(0.98 * (count - 1))]]
     expected = (below if len(below) > 1000 else chosen).mean()
     assert filtered_mean(values, mask, 0.98).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_losses_never_wait_for_the_device(figures, setting):
+    """On the meta device there are no values: whatever asks for one fails."""
+    batch = {name: value.to("meta") for name, value in make_batch(figures).items()}
+    _, predictions = make_predictions(figures)
+    predictions = {
+        name: [v.detach().to("meta").requires_grad_() for v in value]
+        if isinstance(value, list)
+        else value.detach().to("meta").requires_grad_()
+        for name, value in predictions.items()
+    }
+    config = SETTINGS[setting]
+    terms = losses(predictions, batch, denominators(batch, config), config)
+    terms["loss_objective"].backward()
+    assert all(value.is_meta for value in terms.values())
+    with pytest.raises(RuntimeError, match="meta"):
+        float(terms["loss_objective"])

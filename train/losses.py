@@ -167,7 +167,8 @@ def filtered_mean(values: Tensor, mask: Tensor, valid_range: float) -> Tensor:
     largest = clamped.detach().masked_fill(~mask, -torch.inf).flatten().topk(most).values
     last = count - 1
     rank_from_top = (last - (valid_range * last.double()).round().long()).clamp(0, most - 1)
-    kept = mask & (clamped < largest[rank_from_top])
+    # Not largest[rank_from_top]: a single index is fetched by the host.
+    kept = mask & (clamped < largest.index_select(0, rank_from_top[None]))
     enough = (count > MIN_FILTERED) & (kept.sum() > MIN_FILTERED)
     kept = torch.where(enough, kept, mask)
     values = torch.where(count > MIN_FILTERED, clamped, values)
