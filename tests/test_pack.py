@@ -164,7 +164,9 @@ def test_a_stop_is_clean_and_said_and_the_same_command_goes_on(captures, shard_d
 def test_a_second_pack_into_the_same_place_is_refused(captures, shard_dir, tmp_path):
     first = start_pack(captures, tmp_path / "out")
     wait_for(lambda: (tmp_path / "out" / ".pack" / "job.json").exists())
+    first.send_signal(signal.SIGSTOP)  # it must not be done before the second begins
     second = vggt_prep("pack", *source_options(captures), "--out", tmp_path / "out", *PACK_OPTIONS)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 1
     assert "another pack is at work there" in second.stderr
     first.communicate(timeout=60)
