@@ -68,7 +68,7 @@ finetune: shards
 	  data.shards="$(SHARDS)" out_dir="runs/$(RUN)" $(if $(INIT),init="$(INIT)") $(ARGS)
 
 test: .venv/installed-dev
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/installed-dev
 	@$(BIN)/pytest -m slow

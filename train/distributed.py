@@ -90,8 +90,8 @@ def start_world(*, tf32: bool) -> Iterator[World]:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     else:
         device = torch.device("cpu")
-        # torchrun allows each rank a single thread; share the cores out instead.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        if "LOCAL_RANK" in os.environ:  # torchrun allows each rank a single thread; share the cores out instead
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=size)

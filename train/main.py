@@ -69,6 +69,8 @@ def main() -> None:
             run(config, world, dry_run=arguments.dry_run)
     except (ValueError, OSError) as error:
         # The first rank speaks for all: the others wait, for torchrun kills everyone as soon as one has exited.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)
         print(f"Error: {error}", file=sys.stderr, flush=True)
