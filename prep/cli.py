@@ -28,7 +28,7 @@ from rich.table import Table
 
 import shards
 from prep.co3d import Co3D, OfficialCo3D
-from prep.executors import WorkerStopped, dask_cluster, process_pool
+from prep.executors import dask_cluster, process_pool
 from prep.pack import PackOptions, PackResult, ShardDone, pack, read_report
 from prep.synth import SynthOptions, synth
 from shards.schema import REPORT_FILE, SPLITS
@@ -53,8 +53,6 @@ def plain_errors(stopped: str = "stopped") -> Iterator[None]:
         raise Stopped(stopped) from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    except WorkerStopped as error:
-        raise click.ClickException("a worker process was told to stop; the same command goes on") from error
     except BrokenProcessPool as error:
         raise click.ClickException("a worker process died, perhaps for lack of memory: try fewer --workers") from error
 

@@ -6,13 +6,14 @@ import logging
 import multiprocessing
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -21,14 +22,13 @@ from shards.processes import end_with_parent
 log = logging.getLogger(__name__)
 
 IDLE_CHECK = 10  # seconds
-STOP_ROUNDS, STOP_ROUND = 20, 0.2  # so many times so many seconds
 
 
 @contextmanager
 def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecutor]:
     """Worker processes forked from a server that has imported these modules and has no threads running.
 
-    An interrupt ends what they do at once: what they make appears under its name only when whole.
+    An interrupt ends them at once: what they make appears under its name only when whole.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
@@ -36,15 +36,20 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
     forkserver.ensure_running()  # it ignores what is ignored now
     signal.signal(signal.SIGINT, handler)
     _wait_for_server(context)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield pool
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        _end(multiprocessing.active_children())
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with TemporaryDirectory() as scratch:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(scratch,))
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            children = multiprocessing.active_children()
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.join()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _wait_for_server(context: ForkServerContext) -> None:
@@ -58,34 +63,11 @@ def _wait_for_server(context: ForkServerContext) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class WorkerStopped(SystemExit):
-    """Ends the task of a worker that is terminated; one that is idle, silently."""
-
-
-def _end(children: list[BaseProcess]) -> None:
-    """Terminate workers until they are gone: each time one ends what it does, it may find another task waiting."""
-    for _ in range(STOP_ROUNDS):
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.join(STOP_ROUND)
-        children = [child for child in children if child.is_alive()]
-    for child in children:
-        child.kill()
-
-
-def _stop(*_: object) -> None:
-    raise WorkerStopped(1)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it.
-
-    When terminated, a task ends by an exception, so that it removes its temporary files.
-    """
+def _start_worker(scratch: str) -> None:
+    """Leave Ctrl-C to the parent, and end with it; it also removes the temporary files, which lie in `scratch`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tempfile.tempdir = scratch
     end_with_parent()
-    signal.signal(signal.SIGTERM, _stop)
 
 
 @contextmanager

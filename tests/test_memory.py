@@ -97,6 +97,7 @@ def test_a_dry_run_tries_the_heaviest_step_and_writes_nothing(shard_dir, tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_run_that_is_there_checks_its_checkpoint_and_leaves_it(shard_dir, tmp_path):
     out = tmp_path / "run"
     assert run_trainer(shard_dir, out, *SCRATCH, "max_steps=1").returncode == 0

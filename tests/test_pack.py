@@ -174,6 +174,7 @@ def test_a_second_pack_into_the_same_place_is_refused(captures, shard_dir, tmp_p
     assert tree(tmp_path / "out") == tree(shard_dir)
 
 
+@pytest.mark.slow
 def test_what_a_damaged_set_left_out_is_still_reported_when_it_is_mended(editable, tmp_path):
     _, _, category, name = first_sequence(editable)
     image = editable / "co3d" / category / name / "images" / "frame000003.jpg"
@@ -211,14 +212,16 @@ def test_a_task_of_another_pack_does_not_replace_a_tar_of_a_finished_set(capture
     assert tree(tmp_path / "set") == tree(shard_dir)
 
 
-def test_a_worker_that_is_told_to_stop_from_outside_is_said(captures, shard_dir, tmp_path):
+@pytest.mark.slow
+def test_a_worker_that_is_ended_from_outside_is_said(captures, shard_dir, tmp_path):
     process = start_pack(captures, tmp_path / "out", "--workers", 1)
     wait_for(lambda: list((tmp_path / "out").glob("*.tmp")))
     (worker,) = [pid for pid in children(process.pid) if not children(pid) and pid not in helpers(process.pid)]
     os.kill(worker, signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "a worker process was told to stop" in errors
+    assert "a worker process died" in errors
+    assert "Traceback" not in errors
     finish_pack(captures, tmp_path / "out")
     assert tree(tmp_path / "out") == tree(shard_dir)
 

@@ -206,6 +206,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_nan_on_one_of_two_ranks_skips_the_step_on_both(shard_dir, tmp_path):
     arguments = trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=4")[2:]

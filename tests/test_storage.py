@@ -320,7 +320,7 @@ def test_a_stopped_verify_leaves_no_tar_behind(shard_dir, scratch):
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "stopped"  # a worker that was about to close a connection may say so
+    assert errors == "stopped\n"
     assert not list(scratch.glob("tmp*"))
 
 

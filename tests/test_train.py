@@ -244,6 +244,7 @@ def test_bad_input_gets_one_clear_line_and_leaves_nothing(shard_dir, published, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_captures_without_depth_pack_and_train_cameras(captures, tmp_path):
     """A loss of rotation and field of view only: without depth nothing says how large the scenes are."""
     shutil.copytree(captures, tmp_path / "captures")
