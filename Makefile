@@ -22,7 +22,7 @@ help:
 	@echo "make shards      only pack the training data"
 	@echo "make setup       only create .venv and install into it"
 	@echo "make test        all tests but the slow ones;  make test-slow: those;  make check: lint and types"
-	@echo "make bench       what packing, reading and the model cost, as ratios: an hour, and 16 GB of memory"
+	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"

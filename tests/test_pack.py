@@ -119,16 +119,15 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(captures, s
     assert tree(out) == tree(shard_dir)
 
 
-def children(pid):
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    found = [int(line) for line in done.stdout.split()]
-    return found + [grandchild for child in found for grandchild in children(child)]
-
-
-def helpers(pid):
-    """multiprocessing's own processes: those that a command starts itself, not through its server of workers."""
+def own_children(pid):
+    """The processes that one has started itself; workers are those of its server."""
     done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     return [int(line) for line in done.stdout.split()]
+
+
+def children(pid):
+    found = own_children(pid)
+    return found + [grandchild for child in found for grandchild in children(child)]
 
 
 def wait_for(condition, seconds=60):
@@ -216,7 +215,7 @@ def test_a_task_of_another_pack_does_not_replace_a_tar_of_a_finished_set(capture
 def test_a_worker_that_is_ended_from_outside_is_said(captures, shard_dir, tmp_path):
     process = start_pack(captures, tmp_path / "out", "--workers", 1)
     wait_for(lambda: list((tmp_path / "out").glob("*.tmp")))
-    (worker,) = [pid for pid in children(process.pid) if not children(pid) and pid not in helpers(process.pid)]
+    (worker,) = [pid for pid in children(process.pid) if not children(pid) and pid not in own_children(process.pid)]
     os.kill(worker, signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
