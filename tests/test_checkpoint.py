@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import run_command
 
-from train.checkpoint import CheckpointConfig, find_newest, load, save, step_file, steps_saved
+from train.checkpoint import CheckpointConfig, find_newest, load, mark_best, save, step_file, steps_saved
 
 
 def content(value):
@@ -123,3 +123,22 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_one_whole(tmp_path):
     (tmp_path / "step-00000002.tmp").write_bytes(b"a kill leaves this")
     assert find_newest(tmp_path) == step_file(tmp_path, 1)
     assert not (tmp_path / "step-00000002.tmp").exists()
+
+
+def test_best_stays_until_another_is_better(tmp_path):
+    config = CheckpointConfig(keep=1)
+    for step in (1, 2):
+        save(tmp_path, step, content(step), config)
+    mark_best(tmp_path, 2, config)
+    for step in (3, 4):
+        save(tmp_path, step, content(step), config)
+    assert steps_saved(tmp_path) == [2, 4]
+    assert load(tmp_path / "best")["step"] == 2
+    mark_best(tmp_path, 4, config)
+    assert steps_saved(tmp_path) == [4]
+    mark_best(tmp_path, None, config)
+    assert not (tmp_path / "best").is_symlink()
+    mark_best(tmp_path, 9, config)  # a step without a checkpoint
+    assert not (tmp_path / "best").is_symlink()
+    assert steps_saved(tmp_path) == [4]
+    mark_best(tmp_path / "nothing", None, config)

@@ -19,7 +19,9 @@ from runs import SCRATCH, assert_same_run, checkpoint, metrics, run_trainer, sta
 import shards
 from train.config import load_config
 from train.loader import Split
+from train.metrics import FIGURES
 from train.plan import DataState, TrainingPlan
+from train.report import read_lines
 from vggt import VGGT, preset
 
 
@@ -43,7 +45,7 @@ def test_nothing_of_the_environment_is_written_down(whole_run):
 def test_a_run_leaves_everything_that_is_promised(whole_run):
     out, said = whole_run
     assert sorted(p.name for p in out.iterdir()) == [
-        *("checkpoints", "config.yaml", "contact_sheet.png", "metrics.jsonl", "tensorboard")
+        *("checkpoints", "config.yaml", "contact_sheet.png", "metrics.jsonl", "tensorboard", "validation.jsonl")
     ]
     assert (out / "checkpoints" / "latest").resolve().name == "step-00000008.pt"
     assert yaml.safe_load((out / "config.yaml").read_text())["max_steps"] == 8
@@ -54,8 +56,36 @@ def test_a_run_leaves_everything_that_is_promised(whole_run):
     losses = metrics(out)
     assert {(0, "test"), (8, "test"), *((i, "train") for i in range(1, 9))} == set(losses)
     assert "loss_camera" in losses[8, "train"]
-    for words in ("Done: 8 steps", "before -> after", "depth error", "contact_sheet.png", "CO3D_DIR"):
+    tested = [line for line in read_lines(out / "metrics.jsonl") if line["split"] == "test"]
+    assert {name for name, figure in FIGURES.items() if "point" not in figure.heads} < set(tested[0])
+    for words in (
+        "Done: 8 steps",
+        "of the test split, never trained on, step 0 -> step 8",
+        "depth error",
+        "contact_sheet.png",
+        "CO3D_DIR",
+    ):
         assert words in said
+
+
+def test_best_is_the_checkpoint_of_the_best_validation(shard_dir, tmp_path):
+    """Whether or not a checkpoint is due at that step, also after others have come and gone, and a kill."""
+    out = tmp_path / "run"
+    best = ["checkpoint.best=depth_abs_rel", "checkpoint.every=3", "checkpoint.keep=1", "val_every=2"]
+    process = start(trainer(shard_dir, out, *SCRATCH, "max_steps=8", *best))
+    wait_for(out / "checkpoints" / "step-00000003.pt", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", *best)
+    assert done.returncode == 0, done.stderr
+    validations = read_lines(out / "validation.jsonl")
+    assert [line["step"] for line in validations] == [0, 2, 4, 6, 8]
+    means = {line["step"]: [scene["depth_abs_rel"] for scene in line["scenes"]] for line in validations}
+    step = min(means, key=lambda step: sum(means[step]))
+    assert step > 0, "the start is the best: this test shows nothing"
+    assert (out / "checkpoints" / "best").resolve().name == f"step-{step:08d}.pt"
+    assert {path.name for path in (out / "checkpoints").glob("step-*.pt")} == {f"step-{s:08d}.pt" for s in (step, 8)}
+    assert f"step {step} was the best" in done.stdout or step == 8
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class CheckpointConfig:
     every: int = 400
     keep: int = 2
     milestone: int | None = None
+    best: str = "loss_objective"  # a figure of validation
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1 or (self.milestone is not None and self.milestone < 1):
@@ -35,7 +36,7 @@ def step_file(folder: Path, step: int) -> Path:
 def save(folder: Path, step: int, content: dict[str, Any], config: CheckpointConfig) -> Path:
     """Write `content` as the checkpoint of `step`, point `latest` at it, and drop those no longer kept.
 
-    Interrupted at any moment, `latest` still names a whole file.
+    Interrupted at any moment, `latest` and `best` still name whole files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = step_file(folder, step)
@@ -54,16 +55,36 @@ def save(folder: Path, step: int, content: dict[str, Any], config: CheckpointCon
                 f"{path}: cannot be written, is the disk full? The ones before are kept ({reason})"
             ) from error
         raise
-    link = folder / (LATEST + ".tmp")
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    link.replace(folder / LATEST)
-    kept = steps_saved(folder)[-config.keep :]
-    for old in steps_saved(folder):
-        is_milestone = config.milestone is not None and old % config.milestone == 0
-        if old not in kept and not is_milestone:
-            step_file(folder, old).unlink()
+    _link(folder, LATEST, path)
+    _drop_old(folder, config)
     return path
+
+
+def mark_best(folder: Path, step: int | None, config: CheckpointConfig) -> None:
+    """Point `best` at the checkpoint of a step; None, or a step that has none: there is no `best`."""
+    if step is not None and step_file(folder, step).exists():
+        _link(folder, BEST, step_file(folder, step))
+    else:
+        (folder / BEST).unlink(missing_ok=True)
+    _drop_old(folder, config)
+
+
+def _link(folder: Path, name: str, target: Path) -> None:
+    link = folder / (name + ".tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.name)
+    link.replace(folder / name)
+
+
+def _drop_old(folder: Path, config: CheckpointConfig) -> None:
+    """Remove the checkpoints that are not among the last, the milestones and the best."""
+    kept = {step_file(folder, step) for step in steps_saved(folder)[-config.keep :]}
+    if (folder / BEST).is_symlink():
+        kept.add(folder / (folder / BEST).readlink())
+    for step in steps_saved(folder):
+        is_milestone = config.milestone is not None and step % config.milestone == 0
+        if step_file(folder, step) not in kept and not is_milestone:
+            step_file(folder, step).unlink()
 
 
 def steps_saved(folder: Path) -> list[int]:

@@ -17,11 +17,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from train.checkpoint import CheckpointConfig
-from train.losses import LossConfig
+from train.losses import OBJECTIVE, LossConfig
+from train.metrics import FIGURES
 from train.optim import OptimConfig
 from train.parallel import Strategy
 from train.plan import DataConfig
 from vggt.config import PRESETS
+
+Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class TrainConfig:
     max_img_per_gpu: int = 48
     accum_steps: int = 2
     strategy: Strategy = "ddp"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     tf32: bool = True
     compile: bool = False
     val_every: int = 800
@@ -79,8 +82,20 @@ class TrainConfig:
                 f"init: not given, but model.freeze={list(self.model.freeze)} keeps weights as they are, and random "
                 "ones teach nobody anything; give init=... (a checkpoint), or model.freeze=[]"
             )
+        self._check_best()
         if self.model.aggregator_dtype == "bf16" and self.precision != "bf16":
             raise ValueError(f"model.aggregator_dtype: bf16 needs precision=bf16, found {self.precision}")
+
+    def _check_best(self) -> None:
+        name = self.checkpoint.best
+        if name == OBJECTIVE:
+            return
+        if name not in FIGURES:
+            near = difflib.get_close_matches(name, [OBJECTIVE, *FIGURES], n=1, cutoff=0.0)[0]
+            raise ValueError(f"checkpoint.best: no figure is called {name!r}; the nearest is {near}")
+        missing = set(FIGURES[name].heads) - set(self.loss.heads)
+        if missing:
+            raise ValueError(f"checkpoint.best: {name} needs the head(s) {', '.join(sorted(missing))}; see loss")
 
     @property
     def total_steps(self) -> int:

@@ -22,6 +22,7 @@ FOV_WEIGHT = 0.5
 CONFIDENCE_WEIGHT = 0.2
 MAX_ERROR = 100.0  # beyond it an error pulls no harder
 MIN_FILTERED = 1000  # values that a quantile filter needs, and must leave
+OBJECTIVE = "loss_objective"  # the name of their weighted sum
 GRADIENT_SCALES = 4
 NORMAL_SCALES = 3
 
@@ -104,7 +105,7 @@ def losses(predictions: dict[str, Any], batch: Batch, whole: Denominators, confi
             part = dense_loss(predictions[predicted], conf, truth, batch["mask"], whole, gradient, config.valid_range)
             terms |= {f"loss_{term}_{name}": value for term, value in part.items()}
             objective = objective + weight * torch.stack(list(part.values())).sum()
-    return {"loss_objective": objective} | terms
+    return {OBJECTIVE: objective} | terms
 
 
 def camera_loss(encodings: list[Tensor], batch: Batch, whole: Denominators, config: LossConfig) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ import yaml
 
 import shards
 from shards import ShardSet
-from train.checkpoint import find_newest, load, save
+from train.checkpoint import find_newest, load, mark_best, save
 from train.config import TrainConfig, flatten, load_config, to_dict
 from train.distributed import World, start_world
 from train.loader import STOP_SIGNALS, Split, TrainingSteps, stream, worker_count
@@ -35,10 +35,10 @@ from train.parallel import distribute, load_optimizer, whole
 from train.pictures import contact_sheet, save_picture
 from train.plan import DataState, TrainingPlan
 from train.prepare import prepare
-from train.report import Reporter
+from train.report import SCENES_FILE, Reporter, read_lines
 from train.step import train_step
-from train.summary import describe_damage, describe_run, describe_start
-from train.validate import Validation, validate
+from train.summary import describe_damage, describe_figures, describe_run, describe_start
+from train.validate import Validation, best_step, compared_plan, validate
 from vggt import VGGT, preset
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
@@ -50,7 +50,7 @@ MAY_CHANGE = {
     *("model.head_chunk", "model.aggregator_dtype"),
     *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
     *("data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
-    *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone", "checkpoint.best"),
 }
 REQUEUE_FILE = "requeue"
 SHEET_FILE = "contact_sheet.png"
@@ -140,14 +140,24 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
         (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
     reporter.say(about)
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> bool:
+        """Whether no validation before was as good."""
         # A run that was killed in between has validated before, or has still to do so.
         if val_split is None or world.from_main(lambda: reporter.has(step, config.data.val_split)):
-            return
+            return False
         result = validate(model, val_split, config, world, workers)
-        reporter.scalars(step, config.data.val_split, result.figures)
-        reporter.say(f"step {step}: {config.data.val_split} objective {result.figures['loss_objective']:.4f}")
+        reporter.scenes(step, compared_plan(config), result.names, result.by_scene)
+        reporter.scalars(step, config.data.val_split, result.means)
+        reporter.say(f"step {step}: {config.data.val_split} {describe_figures(result.means)}")
         publish_pictures(result, step, out_dir, reporter)
+        return world.from_main(lambda: best_validation() == step)
+
+    def best_validation() -> int | None:
+        return best_step(read_lines(out_dir / SCENES_FILE), config.checkpoint.best)
+
+    def mark_best_checkpoint() -> None:
+        if world.is_main:
+            mark_best(out_dir / "checkpoints", best_validation(), config.checkpoint)
 
     def save_checkpoint(after: DataState, *, stopped: bool) -> None:
         weights, moments = (whole(part.state_dict(), world) for part in (model, optimizer))  # gathered by all ranks
@@ -179,6 +189,7 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
             reporter,
             evaluate,
             save_checkpoint,
+            mark_best_checkpoint,
             stop_asked,
         )
 
@@ -201,8 +212,9 @@ def train(
     state: DataState,
     workers: int,
     reporter: Reporter,
-    evaluate: Callable[[int], None],
+    evaluate: Callable[[int], bool],
     save_checkpoint: Callable[..., None],
+    mark_best_checkpoint: Callable[[], None],
     stop_asked: list[int],
 ) -> bool:
     """Train from `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
@@ -213,6 +225,7 @@ def train(
     )
     if is_validation_step(config, state.step):
         evaluate(state.step)
+        mark_best_checkpoint()
     window = Window()
     skipped = bad = tried = 0
     damaged: Counter[str] = Counter()  # frames of this rank, by file
@@ -250,12 +263,15 @@ def train(
             window = Window()
             reporter.scalars(step, config.data.train_split, values)
             reporter.progress(step, values)
-        if step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop:
+        due = step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop
+        if due:
             save_checkpoint(raw["after"], stopped=outcome.stop and step < config.total_steps)
         if outcome.stop and step < config.total_steps:
             return True
         if is_validation_step(config, step):
-            evaluate(step)
+            if evaluate(step) and not due:
+                save_checkpoint(raw["after"], stopped=False)
+            mark_best_checkpoint()
     if bad:
         reporter.say(f"{bad} of {tried} frames were damaged and replaced: {describe_damage(world.gather(damaged))}")
     return False
@@ -303,8 +319,10 @@ def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: list
 
 
 def publish_pictures(result: Validation, step: int, out_dir: Path, reporter: Reporter) -> None:
-    if result.scenes and reporter.is_main:
-        sheet = contact_sheet(result.scenes, f"after {step} steps; depths in units of each scene's mean point distance")
+    if result.pictured and reporter.is_main:
+        sheet = contact_sheet(
+            result.pictured, f"after {step} steps; depths in units of each scene's mean point distance"
+        )
         save_picture(out_dir / SHEET_FILE, sheet)
         reporter.picture(step, "contact_sheet", sheet)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from torch import Tensor
 
 from shards import drawing
+from train.metrics import depth_scale
+from train.prepare import Batch
+from vggt.geometry import decode_pose
 
 MAX_VIEWS = 6
-ROW_LABELS = ("input", "predicted depth", "true depth", "error (black 0, white 20%)", "confidence (black low)")
 MOST_ERROR = 0.2  # of the true depth
 MAX_POINTS = 4000  # in a picture from above
 
@@ -29,25 +32,47 @@ class Cameras:
 class SceneResult:
     """images [S, 3, H, W] in [0, 1]; predicted and true depth [S, H, W] in the same units, and the former's confidence.
 
-    mask: where the truth is known [S, H, W]; predicted_cameras: None without a camera head.
+    mask: where the truth is known [S, H, W]; scale: what aligns the predicted depth with it, 1 where nothing does;
+    without a depth head there are no predicted depths, without a camera head no predicted cameras. On the CPU.
     """
 
     name: str
     images: Tensor
-    predicted: Tensor
-    confidence: Tensor
+    predicted: Tensor | None
+    confidence: Tensor | None
+    scale: float
     truth: Tensor
     mask: Tensor
     true_cameras: Cameras
     predicted_cameras: Cameras | None
 
 
-def contact_sheet(scenes: list[SceneResult], title: str) -> np.ndarray:
-    """RGB [H, W, 3]: a block a scene, a row for each of ROW_LABELS, a column a view; cameras from above on the right.
+def scene_result(name: str, predictions: dict[str, Any], batch: Batch) -> SceneResult:
+    """The first scene of a batch, to be drawn."""
+    height, width = batch["images"].shape[-2:]
+    cameras, depth, confidence, scale = None, None, None, 1.0
+    if "pose_enc" in predictions:
+        cameras = Cameras(*(x.cpu() for x in decode_pose(predictions["pose_enc"][0].float(), height, width)))
+    if "depth" in predictions:
+        depth, confidence = predictions["depth"][0, ..., 0].float(), predictions["depth_conf"][0].float().cpu()
+        scale = float(depth_scale(depth[None], batch["depth"][:1], batch["mask"][:1], "scene"))
+        depth = depth.cpu()
+    return SceneResult(
+        name=name,
+        images=batch["images"][0].cpu(),
+        predicted=depth,
+        confidence=confidence,
+        scale=scale if np.isfinite(scale) else 1.0,
+        truth=batch["depth"][0].cpu(),
+        mask=batch["mask"][0].cpu(),
+        true_cameras=Cameras(batch["extrinsics"][0].cpu(), batch["intrinsics"][0].cpu()),
+        predicted_cameras=cameras,
+    )
 
-    Grey where the truth is unknown. Near is red, far is blue, the same colours for the same depth within a scene.
-    """
-    blocks = [_scene_block(scene) for scene in scenes]
+
+def contact_sheet(scenes: list[SceneResult], title: str) -> np.ndarray:
+    """RGB [H, W, 3]: a block a scene, one below the other."""
+    blocks = [scene_block(scene) for scene in scenes]
     width = max(block.shape[1] for block in blocks)
     return drawing.stack([drawing.text(title, width), *blocks])
 
@@ -57,33 +82,36 @@ def save_picture(path: Path, image: np.ndarray) -> None:
     path.write_bytes(cv2.imencode(path.suffix, image[..., ::-1])[1].tobytes())
 
 
-def _scene_block(scene: SceneResult) -> np.ndarray:
+def scene_block(scene: SceneResult) -> np.ndarray:
+    """RGB [H, W, 3]: a row for images, predicted and true depth, error and confidence, a column a view; a line says so.
+
+    Cameras from above on the right. Grey where the truth is unknown. Near is red, far is blue, the same colours for the
+    same depth within the scene, of which the predicted one is scaled as its error figure has it.
+    """
     views = min(MAX_VIEWS, len(scene.images))
-    mask = scene.mask[:views].numpy()
-    truth, predicted = np.where(mask, scene.truth[:views].numpy(), 0), scene.predicted[:views].numpy()
-    near, far = drawing.near_and_far(truth if truth.any() else predicted)
-    images = (scene.images[:views].numpy().transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
-    error = np.abs(predicted - truth) / np.where(mask, truth, np.nan)
-    confidence = np.log(scene.confidence[:views].numpy())
-    low, high = np.percentile(confidence, [1, 99])
-    rows = [
-        images,
-        drawing.colour_depth(predicted, near, far),
-        drawing.colour_depth(truth, near, far),
-        drawing.colour_amount(error / MOST_ERROR),
-        drawing.colour_amount((confidence - low) / max(high - low, 1e-9)),
-    ]
-    pictures = [drawing.row(row) for row in rows]
-    body = drawing.stack(pictures)
+    truth = np.where(scene.mask[:views].numpy(), scene.truth[:views].numpy(), 0)
+    predicted = None if scene.predicted is None else scene.predicted[:views].numpy() * scene.scale
+    near, far = drawing.near_and_far(truth if truth.any() or predicted is None else predicted)
+    rows = {"input": (scene.images[:views].numpy().transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)}
+    if predicted is not None:
+        rows["predicted depth (scaled)"] = drawing.colour_depth(predicted, near, far)
+    rows["true depth"] = drawing.colour_depth(truth, near, far)
+    if predicted is not None and scene.confidence is not None:
+        error = np.abs(predicted - truth) / np.where(truth > 0, truth, np.nan)
+        rows["error (black 0, white 20%)"] = drawing.colour_amount(error / MOST_ERROR)
+        confidence = np.log(scene.confidence[:views].numpy())
+        low, high = np.nan_to_num(np.nanpercentile(np.append(confidence, 0), [1, 99]))
+        rows["confidence (black low)"] = drawing.colour_amount((confidence - low) / max(high - low, 1e-9))
+    body = drawing.stack([drawing.row(list(row)) for row in rows.values()])
     above = [("true cameras, from above", scene.true_cameras, truth)]
     if scene.predicted_cameras is not None and scene.predicted_cameras.extrinsics.isfinite().all():
-        above.append(("predicted, from above", scene.predicted_cameras, predicted))
+        above.append(("predicted, from above", scene.predicted_cameras, truth if predicted is None else predicted))
     side = max(160, len(body) // 2 - drawing.TEXT_HEIGHT)
     maps = [
         part for name, cameras, depth in above for part in (drawing.text(name, side), _from_above(cameras, depth, side))
     ]
     block = drawing.row([body, drawing.scale_bar(len(body), near, far), drawing.stack(maps)])
-    return drawing.stack([drawing.text(f"{scene.name}: {', '.join(ROW_LABELS)}", block.shape[1]), block])
+    return drawing.stack([drawing.text(f"{scene.name}: {', '.join(rows)}", block.shape[1]), block])
 
 
 def _from_above(cameras: Cameras, depth: np.ndarray, side: int) -> np.ndarray:

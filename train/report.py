@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 METRICS_FILE = "metrics.jsonl"
+SCENES_FILE = "validation.jsonl"  # the figures of each scene, a line a validation
 
 
 class Reporter:
@@ -29,7 +31,8 @@ class Reporter:
         logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
         if not is_main:
             return
-        _drop_after(out_dir / METRICS_FILE, first_step)
+        for name in (METRICS_FILE, SCENES_FILE):
+            _drop_after(out_dir / name, first_step)
         self._metrics = (out_dir / METRICS_FILE).open("a", encoding="utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # protobuf's, on import
@@ -65,22 +68,27 @@ class Reporter:
 
     def has(self, step: int, split: str) -> bool:
         """Whether metrics.jsonl has this line (on the main rank)."""
-        path = self.out_dir / METRICS_FILE
-        if not self.is_main or not path.exists():
-            return False
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        lines = read_lines(self.out_dir / METRICS_FILE) if self.is_main else []
         return any((line["step"], line["split"]) == (step, split) for line in lines)
 
     def scalars(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and a TensorBoard point for each value."""
         if not self.is_main:
             return
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        line = {"step": step, "split": split} | {name: finite.get(name) for name in values}  # JSON has no NaN
+        line = {"step": step, "split": split} | finite_or_none(values)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name, value in finite.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def scenes(self, step: int, plan: dict[str, Any], names: list[str], figures: list[dict[str, float]]) -> None:
+        """One line of validation.jsonl: the figures of each scene of a validation."""
+        if not self.is_main:
+            return
+        scenes = [{"scene": name} | finite_or_none(values) for name, values in zip(names, figures, strict=True)]
+        with (self.out_dir / SCENES_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "plan": plan, "scenes": scenes}) + "\n")
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         if self.is_main:
@@ -96,6 +104,16 @@ class Reporter:
         self._progress.update(self._task, completed=step, text=text)
         if not self.live:
             self.say(f"step {step}/{self._total} {text}")
+
+
+def finite_or_none(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of one a line; none if there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _drop_after(path: Path, step: int) -> None:

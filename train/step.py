@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.config import TrainConfig
+from train.config import Precision, TrainConfig
 from train.distributed import World
 from train.losses import denominators, losses
 from train.optim import clip_gradients
@@ -27,9 +27,9 @@ class StepOutcome:
     tried: int
 
 
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """bf16 around the aggregator if so configured; the heads turn it off for themselves."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """bf16 around the aggregator if so wanted; the heads turn it off for themselves."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
     for i, members in enumerate(bounds):
         chunk = {name: value[members[0] : members[-1] + 1] for name, value in batch.items()}
         with gradients_shared(model, i == len(bounds) - 1):
-            with autocast(config, chunk["images"].device):
+            with autocast(config.precision, chunk["images"].device):
                 predictions = model(chunk["images"])
             terms = losses(predictions, chunk, whole, config.loss)
             terms["loss_objective"].backward()

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from train.bootstrap import Estimate, paired
+from train.checkpoint import BEST
 from train.config import TrainConfig
 from train.distributed import World
 from train.loader import Split
+from train.losses import OBJECTIVE
 from train.memory import estimate_memory
+from train.metrics import FIGURES, Figure
 from train.plan import scenes_per_rank
-from train.report import METRICS_FILE
+from train.report import METRICS_FILE, SCENES_FILE, read_lines
+from train.validate import best_step, comparable
 from vggt import VGGT
 
-MEANINGS = {
-    "loss_objective": ("objective", "what training minimises", "{:.3f}"),
-    "rotation_deg": ("camera rotation error", "between two views; 0 is perfect", "{:.1f} degrees"),
-    "translation_deg": (
-        "camera direction error",
-        "of the way between two views; a guess gives 57",
-        "{:.1f} degrees",
-    ),
-    "auc_30": (
-        "pose AUC@30",
-        "share of right pairs of views, over limits up to 30 degrees",
-        "{:.3f}",
-    ),
-    "depth_abs_rel": ("depth error", "mean share of the true depth, after one scale a scene", "{:.1%}"),
-}
+# What is told of a validation, of all its figures.
+TOLD = (OBJECTIVE, "auc_30", "rotation_deg", "translation_deg", "depth_abs_rel", "points_chamfer")
+OBJECTIVE_FIGURE = Figure("objective", "what training minimises", ())
 
 
 def describe_start(
@@ -73,9 +65,8 @@ def describe_damage(by_rank: list[Counter[str]]) -> str:
 
 def describe_run(config: TrainConfig, out_dir: Path) -> str:
     """What a finished run achieved, from its metrics.jsonl."""
-    lines = [json.loads(line) for line in (out_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(out_dir / METRICS_FILE)
     trained = [line for line in lines if line["split"] == config.data.train_split]
-    tested = [line for line in lines if line["split"] == config.data.val_split]
     if not trained:
         return f"Done: {config.total_steps:,} steps. {out_dir / METRICS_FILE} has none of their losses."
     first, last = (f"{line['loss_objective']:.3f}" for line in (trained[0], trained[-1]))
@@ -84,8 +75,9 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
         "",
         f"Done: {config.total_steps:,} steps. The training objective {moved}, each over {config.log_every} steps.",
     ]
-    if len(tested) > 1:
-        text += _compare(tested[0], tested[-1], config)
+    validations = comparable(read_lines(out_dir / SCENES_FILE))
+    if len(validations) > 1:
+        text += _compare(validations, config, out_dir)
     sheet = f"{out_dir}/contact_sheet.png"
     shown = (
         [f"Look at  {sheet}  (views, predicted and true depth, errors, cameras from above)"]
@@ -104,16 +96,64 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
     return "\n".join(text)
 
 
-def _compare(before: dict[str, Any], after: dict[str, Any], config: TrainConfig) -> list[str]:
-    text = [f"On sequences of the {config.data.val_split} split, never trained on, before -> after:"]
-    for key, (name, meaning, form) in MEANINGS.items():
-        if before.get(key) is not None and after.get(key) is not None:
-            text.append(f"  {name}: {form.format(before[key])} -> {form.format(after[key])}  ({meaning})")
-    if None in (before["loss_objective"], after["loss_objective"]):
-        return [*text, "A loss on them is not finite: look at the log above."]
-    if after["loss_objective"] < before["loss_objective"]:
-        return [*text, "The objective went down on them, too: what was learned holds for scenes it has not seen."]
-    return [*text, "The objective went up on them: try fewer steps, a lower optim.lr, or more sequences."]
+def describe_figures(means: dict[str, float]) -> str:
+    """The figures of a validation in a line."""
+    told = ((name, FIGURES.get(name, OBJECTIVE_FIGURE)) for name in TOLD if name in means)
+    return ", ".join(f"{figure.label} {figure.form.format(means[name])}" for name, figure in told)
+
+
+def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Path) -> list[str]:
+    """The last validation against the first, scene by scene, and which was the best."""
+    first, last = validations[0], validations[-1]
+    text = [
+        f"On {len(last['scenes'])} sequences of the {config.data.val_split} split, never trained on, "
+        f"step {first['step']} -> step {last['step']}:"
+    ]
+    signs = []
+    for name in TOLD:
+        figure = FIGURES.get(name, OBJECTIVE_FIGURE)
+        change = paired(first["scenes"], last["scenes"], name)
+        if change is None:
+            continue
+        before, after, difference = change
+        gain = difference.sign if figure.higher_is_better else -difference.sign
+        signs.append(gain)
+        values = f"{figure.form.format(before)} -> {figure.form.format(after)}"
+        text.append(f"  {figure.label}: {values}, {describe_change(difference, figure)}  ({figure.meaning})")
+    text.append(_verdict(signs))
+    if any(None in scene.values() for scene in last["scenes"]):
+        text.append("Some of the last predictions or losses are not finite: look at the log above.")
+    best = best_step(validations, config.checkpoint.best)
+    if best == first["step"]:
+        text.append(
+            f"By {config.checkpoint.best}, no validation was better than the first: keep what you started from."
+        )
+    elif best is not None and best != last["step"]:
+        text.append(f"By {config.checkpoint.best}, step {best} was the best: {out_dir}/checkpoints/{BEST}")
+    return text
+
+
+def describe_change(difference: Estimate, figure: Figure) -> str:
+    """A difference in a figure in words, against its noise."""
+    if difference.low is None or difference.high is None:
+        return f"too few scenes ({difference.scenes}) to tell from noise"
+    low, high = (figure.form.format(value) for value in (difference.low, difference.high))
+    interval = f"95% interval of the change {low} to {high}"
+    if not difference.sign:
+        return f"no change beyond the noise ({interval})"
+    better = (difference.sign > 0) == figure.higher_is_better
+    return f"{'better' if better else 'WORSE'} beyond the noise ({interval})"
+
+
+def _verdict(signs: list[int]) -> str:
+    better, worse = signs.count(1), signs.count(-1)
+    if not better and not worse:
+        return "Nothing changed beyond the noise: train for longer, or validate on more scenes (data.val_scenes)."
+    if not worse:
+        return "It got better, on scenes that it has not seen."
+    if not better:
+        return "It got worse: try fewer steps, a lower optim.lr, or more sequences."
+    return f"{better} of these figures got better, {worse} got worse: compare the curves, and see checkpoint.best."
 
 
 def _next_steps(config: TrainConfig) -> list[str]:

@@ -1,109 +1,122 @@
-"""Validation: the same scenes in the same crops every time, so that two runs of it can be compared."""
+"""Validation: the same scenes in the same crops every time, so that two runs of it can be compared scene by scene."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from train.config import TrainConfig
+from train.config import Precision, TrainConfig
 from train.distributed import World
 from train.loader import Split, ValidationSteps, stream
 from train.losses import denominators, losses
-from train.metrics import depth_abs_rel, pair_errors, pose_auc
-from train.pictures import Cameras, SceneResult
-from train.plan import validation_plan
+from train.metrics import FIGURES, scene_figures
+from train.pictures import SceneResult, scene_result
+from train.plan import Step, validation_plan
 from train.prepare import Batch, prepare
 from train.step import autocast
-from vggt import VGGT
-from vggt.geometry import decode_pose
 
 PICTURED = 3  # scenes on the contact sheet
+
+Figures = dict[str, float]  # by name; NaN where a prediction or a loss is not finite
 
 
 @dataclass(frozen=True)
 class Validation:
-    """figures: means over the scenes of all ranks; scenes: some of the main rank's, to be shown."""
+    """by_scene: the figures of each scene of all ranks, in the order of the plan; pictured: some of the main rank's."""
 
-    figures: dict[str, float]
-    scenes: list[SceneResult]
+    names: list[str]
+    by_scene: list[Figures]
+    pictured: list[SceneResult]
+
+    @property
+    def means(self) -> Figures:
+        """The mean of each figure over the scenes that have it."""
+        found: dict[str, list[float]] = {}
+        for figures in self.by_scene:
+            for name, value in figures.items():
+                found.setdefault(name, []).append(value)
+        return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 @torch.no_grad()
-def validate(model: VGGT, split: Split, config: TrainConfig, world: World, workers: int) -> Validation:
-    """The losses of training, and rotation, translation and depth errors, on the validation plan."""
+def validate(model: nn.Module, split: Split, config: TrainConfig, world: World, workers: int) -> Validation:
+    """The losses of training and all figures of train.metrics on the validation plan."""
     model.eval()
-    names: list[str] = figure_names(config)
-    sums = torch.zeros(2, len(names), dtype=torch.float64)  # of the figures, and how many scenes had each
-    pictured: list[SceneResult] = []
     steps, counted = validation_plan(config.data, split.lengths, world.rank, world.size)
+    mine: list[tuple[str, Figures]] = []
+    pictured: list[SceneResult] = []
+    with_points = config.loss.point > 0
+    for raw, batch, predictions in predict(model, split, steps, config.precision, world, workers, with_points):
+        if len(mine) >= counted:  # a repeated scene, for ranks that share a model take as many steps each
+            continue
+        name = scene_name(raw)
+        mine.append((name, scene_losses(predictions, batch, config) | scene_figures(predictions, batch)))
+        if world.is_main and len(pictured) < PICTURED:
+            pictured.append(scene_result(name, predictions, batch))
+    model.train()
+    by_rank = world.gather(mine)
+    ordered = [by_rank[i % world.size][i // world.size] for i in range(sum(map(len, by_rank)))]
+    return Validation([name for name, _ in ordered], [figures for _, figures in ordered], pictured)
+
+
+def predict(
+    model: nn.Module,
+    split: Split,
+    steps: list[Step],
+    precision: Precision,
+    world: World,
+    workers: int,
+    with_points: bool = False,
+) -> Iterator[tuple[dict[str, Any], Batch, dict[str, Any]]]:
+    """Each step's batch as it was loaded and as it was prepared, and what the model makes of it."""
     batches = stream(
         lambda last: ValidationSteps(split, steps[last.step if last else 0 :]),
         workers,
         pin_memory=world.device.type == "cuda",
     )
-    for number, raw in enumerate(batches):
-        batch = prepare(raw, world.device, with_points=config.loss.point > 0)
-        with autocast(config, world.device):
+    for raw in batches:
+        batch = prepare(raw, world.device, with_points=with_points)
+        with autocast(precision, world.device):
             predictions = model(batch["images"])
-        if number >= counted:
-            continue
-        figures = scene_figures(predictions, batch, config)
-        for i, name in enumerate(names):
-            if name in figures:
-                sums[:, i] += torch.tensor([figures[name], 1], dtype=torch.float64)
-        if world.is_main and len(pictured) < PICTURED and "depth" in predictions:
-            pictured.append(picture_of(raw["keys"][0][0].rpartition("/")[0], predictions, batch))
-    model.train()
-    totals, counts = world.sum(sums.to(world.device)).cpu()
-    return Validation({name: float(totals[i] / counts[i]) for i, name in enumerate(names) if counts[i] > 0}, pictured)
+        yield raw, batch, predictions
 
 
-def picture_of(name: str, predictions: dict[str, Any], batch: Batch) -> SceneResult:
-    """The first scene of a batch, to be drawn."""
-    height, width = batch["images"].shape[-2:]
-    predicted = None
-    if "pose_enc" in predictions:
-        predicted = Cameras(*(x.cpu() for x in decode_pose(predictions["pose_enc"][0].float(), height, width)))
-    return SceneResult(
-        name=name,
-        images=batch["images"][0].cpu(),
-        predicted=predictions["depth"][0, ..., 0].float().cpu(),
-        confidence=predictions["depth_conf"][0].float().cpu(),
-        truth=batch["depth"][0].cpu(),
-        mask=batch["mask"][0].cpu(),
-        true_cameras=Cameras(batch["extrinsics"][0].cpu(), batch["intrinsics"][0].cpu()),
-        predicted_cameras=predicted,
-    )
+def scene_name(raw: dict[str, Any]) -> str:
+    """category/sequence of the first scene of a loaded batch."""
+    return raw["keys"][0][0].rpartition("/")[0]
 
 
-def figure_names(config: TrainConfig) -> list[str]:
-    """Every figure that validation can give, in the same order on all ranks."""
-    names = ["loss_objective"]
-    if config.loss.camera > 0:
-        names += ["loss_camera", "loss_T", "loss_R", "loss_FL", "rotation_deg", "translation_deg", "auc_30"]
-    for name in ("depth", "point"):
-        if getattr(config.loss, name) > 0:
-            names += [f"loss_conf_{name}", f"loss_reg_{name}", f"loss_grad_{name}"]
-    return [*names, "depth_abs_rel"] if config.loss.depth > 0 else names
-
-
-def scene_figures(predictions: dict[str, Any], batch: Batch, config: TrainConfig) -> dict[str, float]:
-    """All figures of one scene, a batch of one."""
+def scene_losses(predictions: dict[str, Any], batch: Batch, config: TrainConfig) -> Figures:
+    """The loss terms of one scene (a batch of one), without those of lengths if nothing is known of these."""
     terms = losses(predictions, batch, denominators(batch, config.loss), config.loss)
-    figures = {name: float(value) for name, value in terms.items()}
-    has_scale = bool(batch["has_scale"][0])
-    if not has_scale:  # nothing is known of lengths: a zero would pass for perfect
-        figures = {name: value for name, value in figures.items() if name != "loss_T" and "_depth" not in name}
-        figures = {name: value for name, value in figures.items() if "_point" not in name}
-    if config.loss.camera > 0 and batch["images"].shape[1] > 1:
-        height, width = batch["images"].shape[-2:]
-        poses, _ = decode_pose(predictions["pose_enc"][0].double(), height, width)
-        rotation, translation = pair_errors(poses, batch["extrinsics"][0].double())
-        figures["rotation_deg"] = float(rotation.mean())
-        figures["translation_deg"] = float(translation.mean())
-        figures["auc_30"] = pose_auc(torch.maximum(rotation, translation), 30)
-    if config.loss.depth > 0 and has_scale:
-        figures["depth_abs_rel"] = float(depth_abs_rel(predictions["depth"][..., 0], batch["depth"], batch["mask"]))
-    return figures
+    found = {name: float(value) for name, value in terms.items()}
+    if not batch["has_scale"][0]:  # a zero would pass for perfect
+        found = {n: v for n, v in found.items() if n != "loss_T" and not n.endswith(("_depth", "_point"))}
+    return found
+
+
+def best_step(lines: list[dict[str, Any]], name: str) -> int | None:
+    """The step of the best mean of a figure, the first of equals, among lines of validation.jsonl; None without any."""
+    sign = -1 if name in FIGURES and FIGURES[name].higher_is_better else 1
+    found = []
+    for line in comparable(lines):
+        values = [scene.get(name) for scene in line["scenes"] if name in scene]
+        if values and None not in values:  # None: not finite
+            found.append((sign * float(np.mean(values)), line["step"]))
+    return min(found)[1] if found else None
+
+
+def comparable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those lines of validation.jsonl that are of the same scenes as the last: a resumed run may validate on others."""
+    return [line for line in lines if line["plan"] == lines[-1]["plan"]]
+
+
+def compared_plan(config: TrainConfig) -> dict[str, Any]:
+    """What must be the same for two validations of a run to be of the same scenes."""
+    data = asdict(config.data)
+    return {key: data[key] for key in ("val_split", "val_scenes", "val_views", "val_aspect", "width")}
