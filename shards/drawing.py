@@ -18,8 +18,9 @@ def jpeg(image: np.ndarray, quality: int = 88) -> bytes:
 
 
 def text(line: str, width: int) -> np.ndarray:
-    """One line of text: [TEXT_HEIGHT, width, 3]."""
-    picture = np.full((TEXT_HEIGHT, width, 3), BACKGROUND, np.uint8)
+    """One line of text, at least `width` wide: [TEXT_HEIGHT, width or more, 3]."""
+    (needed, _), _ = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)
+    picture = np.full((TEXT_HEIGHT, max(width, needed + 8), 3), BACKGROUND, np.uint8)
     cv2.putText(picture, line, (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, INK, 1, cv2.LINE_AA)
     return picture
 

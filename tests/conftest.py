@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from golden_figures import SHARED, golden_weights, load_json
 
 from shards.schema import FrameMeta
+from vggt import preset
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -64,6 +66,14 @@ def published(tmp_path_factory):
     """A checkpoint as published, of the smallest size, with all its heads."""
     path = tmp_path_factory.mktemp("init") / "model.pt"
     torch.save(golden_weights(load_json("tiny_manifest.json")), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(published):
+    """The same as this project exports it: it says what it is of."""
+    path = published.with_name("exported.pt")
+    torch.save({"model": torch.load(published, weights_only=True), "model_config": asdict(preset("tiny"))}, path)
     return path
 
 

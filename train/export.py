@@ -22,7 +22,7 @@ from train.checkpoint import load
 from train.optim import freeze
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
-from vggt.weights import FILE_SUFFIXES, read_checkpoint, write_file, write_folder
+from vggt.weights import FILE_SUFFIXES, heads_in, read_checkpoint, write_file, write_folder
 
 
 def main() -> None:
@@ -70,8 +70,7 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         if name not in trained and not (name in base and torch.equal(base[name].to(value.dtype), value)):
             raise ValueError(f"{init}: {name} is frozen, but has other values: {checkpoint} did not start from it")
     state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
-    heads = [head for head in HEADS if any(name.startswith(f"{head}_head.") for name in base)]
-    return state, config | {"heads": heads}, len(trained)
+    return state, config | {"heads": list(heads_in(base))}, len(trained)
 
 
 def write(out: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:

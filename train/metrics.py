@@ -93,11 +93,7 @@ def scene_figures(predictions: dict[str, Any], batch: Batch) -> dict[str, float]
         found |= pose_figures(*pair_errors(extrinsics, batch["extrinsics"].double()))
         found["fov_deg"] = fov_error(intrinsics, batch["intrinsics"].double(), height, width)
     if "depth" in predictions and has_truth:
-        depth = predictions["depth"][..., 0].float()
-        alignments: dict[str, Alignment] = {"": "scene", "_image": "image", "_raw": "none"}
-        for suffix, align in alignments.items():
-            errors = depth_errors(depth, batch["depth"], batch["mask"], align)
-            found |= {f"depth_{name}{suffix}": value for name, value in errors.items()}
+        found |= depth_figures(predictions["depth"][..., 0].float(), batch["depth"], batch["mask"])
     if has_truth:
         truth = transform_points(invert_se3(batch["extrinsics"]), unproject(batch["depth"], batch["intrinsics"]))
         for source, points in predicted_points(predictions, height, width).items():
@@ -184,6 +180,16 @@ def fov_error(predicted: Tensor, truth: Tensor, height: int, width: int) -> Tens
 
 
 # Depth
+
+
+def depth_figures(predicted: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """depth_errors [B] under each alignment, by the names in FIGURES."""
+    found = {}
+    alignments: dict[str, Alignment] = {"": "scene", "_image": "image", "_raw": "none"}
+    for suffix, align in alignments.items():
+        errors = depth_errors(predicted, truth, mask, align)
+        found |= {f"depth_{name}{suffix}": value for name, value in errors.items()}
+    return found
 
 
 def depth_errors(predicted: Tensor, truth: Tensor, mask: Tensor, align: Alignment) -> dict[str, Tensor]:

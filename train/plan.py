@@ -202,10 +202,10 @@ def validation_plan(
     mine = chosen[rank::world_size]
     repeated = [chosen[0]] * (-(-len(chosen) // world_size) - len(mine))
     steps = []
-    for number, place in enumerate([*mine, *repeated]):
+    for place in [*mine, *repeated]:
         source, sequence = everything[place]
         # Without the very last: a turn-table often ends where it began.
         frames = (np.arange(config.val_views) * lengths[source][sequence] / config.val_views).astype(int)
         scene = Scene(source, sequence, tuple(map(int, frames)), None)
-        steps.append(Step(shape, (scene,), DataState(number + 1, ())))
+        steps.append(Step(shape, (scene,), DataState(0, ())))
     return steps, len(mine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from train.loader import Split, ValidationSteps, stream
 from train.losses import denominators, losses
 from train.metrics import FIGURES, scene_figures
 from train.pictures import SceneResult, scene_result
-from train.plan import Step, validation_plan
+from train.plan import DataState, Step, validation_plan
 from train.prepare import Batch, prepare
 from train.step import autocast
 
@@ -43,7 +43,6 @@ class Validation:
         return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-@torch.no_grad()
 def validate(model: nn.Module, split: Split, config: TrainConfig, world: World, workers: int) -> Validation:
     """The losses of training and all figures of train.metrics on the validation plan."""
     model.eval()
@@ -64,6 +63,7 @@ def validate(model: nn.Module, split: Split, config: TrainConfig, world: World, 
     return Validation([name for name, _ in ordered], [figures for _, figures in ordered], pictured)
 
 
+@torch.no_grad()
 def predict(
     model: nn.Module,
     split: Split,
@@ -74,6 +74,7 @@ def predict(
     with_points: bool = False,
 ) -> Iterator[tuple[dict[str, Any], Batch, dict[str, Any]]]:
     """Each step's batch as it was loaded and as it was prepared, and what the model makes of it."""
+    steps = [replace(step, after=DataState(number + 1, ())) for number, step in enumerate(steps)]
     batches = stream(
         lambda last: ValidationSteps(split, steps[last.step if last else 0 :]),
         workers,

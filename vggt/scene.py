@@ -36,19 +36,25 @@ def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> 
     return points.cpu()[chosen].float().numpy(), colours.numpy()
 
 
+def camera_pyramids(extrinsics: Tensor, intrinsics: Tensor, height: int, width: int, size: float) -> Tensor:
+    """Tip and base, the image at depth `size`, of cameras [S, 3, 4] and [S, 3, 3]: points of the world [S, 5, 3]."""
+    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]]).to(intrinsics)
+    rays = (corners - intrinsics[:, None, :2, 2]) / intrinsics.diagonal(dim1=1, dim2=2)[:, None, :2]
+    base = size * torch.cat([rays, torch.ones_like(rays[..., :1])], dim=-1)
+    return transform_points(invert_se3(extrinsics), torch.cat([torch.zeros_like(base[:, :1]), base], dim=1)[:, None])[
+        :, 0
+    ]
+
+
 def camera_wireframes(pose_enc: Tensor, height: int, width: int, size: float) -> tuple[np.ndarray, np.ndarray]:
     """Cameras [S, 9] as pyramids of dots: points [M, 3], colours uint8 [M, 3] from red (the first) to blue (the last).
 
     A pyramid's tip is the camera's centre, its base the image at depth `size`.
     """
-    extrinsics, intrinsics = decode_pose(pose_enc.cpu(), height, width)
-    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]]).float()
+    pyramids = camera_pyramids(*decode_pose(pose_enc.cpu(), height, width), height, width, size)
     share = torch.linspace(0, 1, EDGE_POINTS)[:, None]
     points, colours = [], []
-    for i in range(len(pose_enc)):
-        rays = (corners - intrinsics[i, :2, 2]) / intrinsics[i].diagonal()[:2]
-        base = size * torch.cat([rays, torch.ones(4, 1)], dim=1)
-        pyramid = transform_points(invert_se3(extrinsics[i]), torch.cat([torch.zeros(1, 3), base])[None])[0]
+    for i, pyramid in enumerate(pyramids):
         points += [pyramid[a] * (1 - share) + pyramid[b] * share for a, b in EDGES]
         hue = 2 / 3 * i / max(len(pose_enc) - 1, 1)
         colours.append(np.tile(np.array(colorsys.hsv_to_rgb(hue, 1, 1)) * 255, (len(EDGES) * EDGE_POINTS, 1)))

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vggt.config import HEADS
+
 WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that is there
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "model_config"  # in a file
@@ -94,6 +96,11 @@ def _download(name: str) -> Path:
     if not (folder / WEIGHT_FILES[0]).exists():
         raise ValueError(f"{name}: this repository of Hugging Face has no {WEIGHT_FILES[0]}")
     return folder
+
+
+def heads_in(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The heads that a state dict has weights of."""
+    return tuple(head for head in HEADS if any(name.startswith(f"{head}_head.") for name in state))
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

@@ -1,0 +1,240 @@
+"""Is a checkpoint good? Poses, depths and points of held-out sequences against the truth, and against guessing.
+
+    python -m train.evaluate --shards data/co3d --checkpoint runs/finetune/checkpoints/best --out eval
+    python -m train.evaluate --shards data/co3d --checkpoint vggt-1b.pt --checkpoint vggt-mine.pt --out eval
+    torchrun --nproc_per_node=8 -m train.evaluate --shards data/co3d --checkpoint facebook/VGGT-1B --out eval
+
+The protocol is the one of VGGT's camera poses on Co3D: of each test sequence of at least 50 frames 10 random ones, all
+45 pairs of these, pooled by category; the mean over categories. The first checkpoint is what others are compared with,
+the last one is what report.html shows. It prints a table, and writes results.json and report.html into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import yaml
+from rich.console import Console
+
+import shards
+from shards.writer import atomic_file
+from train.bootstrap import is_finite
+from train.config import Precision
+from train.distributed import World, start_world
+from train.guesses import GUESSES, guess_figures, mean_relative_pose
+from train.loader import Split, worker_count
+from train.metrics import scene_figures
+from train.page import make_page
+from train.pictures import SceneResult, scene_result
+from train.prepare import Batch
+from train.protocol import Chosen, Protocol, choose
+from train.report import METRICS_FILE, read_lines
+from train.results import Evaluation, as_json_rows, headline, make_results, remarks, table, verdicts
+from train.summary import describe_damage
+from train.validate import Figures, predict
+from vggt import VGGT, VGGTConfig
+from vggt.weights import fill, heads_in, read_checkpoint
+
+RESULTS_FILE, PAGE_FILE = "results.json", "report.html"
+PROTOCOLS = ("co3d-pose", "co3d-pose-fast")
+HEADS = ("camera", "depth", "point")  # those that can be evaluated
+IN_GALLERY = 2  # scenes of each kind: best, median, worst
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        with start_world(tf32=True) as world:
+            evaluate(arguments, world)
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", required=True, help="directory made by vggt-prep pack, or its URL")
+    parser.add_argument(
+        "--checkpoint", required=True, action="append", help="of a run, a file, folder or hub name; can be repeated"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets results.json and report.html")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="fast: 10 sequences a category")
+    parser.add_argument("--min-frames", type=int, default=50, help="of a sequence (the protocol's: 50)")
+    parser.add_argument("--views", type=int, default=10, help="of a sequence (the protocol's: 10)")
+    parser.add_argument("--split", choices=("train", "test"), default="test", help="(the protocol's: test)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--width", type=int, help="pixels of the images (default: as the first checkpoint was trained)")
+    parser.add_argument("--precision", choices=get_args(Precision), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--workers", type=int, help="loader processes a rank (default: one for each core that is left)")
+    return parser.parse_args()
+
+
+def evaluate(arguments: argparse.Namespace, world: World) -> None:
+    """Evaluate every checkpoint on the same frames; the main rank prints and writes. Raises ValueError, OSError."""
+    labels: list[str] = arguments.checkpoint
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"--checkpoint: one is given twice: {', '.join(labels)}")
+    shard_set = shards.open(arguments.shards)
+    model, trained_width = load_model(labels[0])
+    protocol = Protocol(
+        split=arguments.split,
+        min_frames=arguments.min_frames,
+        views=arguments.views,
+        fast=arguments.protocol.endswith("fast"),
+        seed=arguments.seed,
+        width=arguments.width or trained_width,
+    )
+    job = Job(
+        split=Split([shard_set], protocol.split),
+        chosen=choose(shard_set, protocol),
+        precision=arguments.precision or ("bf16" if world.device.type == "cuda" else "fp32"),
+        workers=worker_count(arguments.workers, world.local_size),
+        world=world,
+        mean_pose=mean_relative_pose(shard_set, protocol.views),
+    )
+    checkpoints, guesses, heads, damaged = [], [], {}, Counter[str]()
+    for label in labels:
+        if label != labels[0]:
+            model, _ = load_model(label)
+        model.to(world.device)
+        figures, guessed, bad = job.evaluate(model)
+        checkpoints.append(Evaluation(label, figures))
+        heads[label] = list(model.config.heads)
+        guesses, damaged = guessed, damaged | bad  # the same for each checkpoint
+    if not world.is_main:
+        return
+    results = make_results(job.chosen, protocol, checkpoints, guesses)
+    for label, row in results["checkpoints"].items():
+        row["heads"] = heads[label]
+    results |= {"shards": str(shard_set), "digest": shard_set.digest, "precision": job.precision}
+    results["damaged"] = describe_damage([damaged]) if damaged else ""
+    gallery = job.gallery(model, checkpoints[-1])
+    publish(results, gallery, labels[-1], arguments.out)
+
+
+def load_model(source: str) -> tuple[VGGT, int]:
+    """The model of a checkpoint with the heads it has, and the width of the images it was trained on.
+
+    Raises ValueError if there is no readable checkpoint, or nothing in it that could be evaluated.
+    """
+    state, found = read_checkpoint(source)
+    heads = tuple(head for head in heads_in(state) if head in HEADS)
+    if not heads:
+        raise ValueError(f"{source}: has none of the heads {', '.join(HEADS)}: there is nothing to evaluate")
+    try:
+        config = replace(VGGTConfig.from_dict(found), heads=heads)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    with torch.device("meta"):
+        model = VGGT(config)
+    fill(model, state, source)
+    run = run_of(source)
+    width = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["width"] if run else None
+    return model.eval(), width or config.image_size
+
+
+def run_of(source: str) -> Path | None:
+    """The folder of the run that a checkpoint lies in, if it does."""
+    folder = Path(source).parent.parent
+    return folder if (folder / METRICS_FILE).is_file() and (folder / "config.yaml").is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is evaluated, and how."""
+
+    split: Split
+    chosen: list[Chosen]
+    precision: Precision
+    workers: int
+    world: World
+    mean_pose: torch.Tensor
+
+    def evaluate(self, model: VGGT) -> tuple[list[dict[str, Any]], list[Evaluation], Counter[str]]:
+        """The figures of each scene; those of guesses; and the damaged frames by file. The same on every rank."""
+        mine: list[tuple[Figures, dict[str, Figures]]] = []
+        bad = Counter[str]()
+        for raw, batch, predictions in self._predict(model, self.chosen[self.world.rank :: self.world.size]):
+            mine.append((scene_figures(predictions, batch), guess_figures(batch, self.mean_pose)))
+            bad.update(raw["bad"])
+            self._tell(len(mine))
+        by_rank = self.world.gather((mine, bad))
+        size = self.world.size
+        rows = [by_rank[i % size][0][i // size] for i in range(len(self.chosen))]
+        guesses = [Evaluation(name, as_json_rows([guessed[name] for _, guessed in rows])) for name in GUESSES]
+        return as_json_rows([figures for figures, _ in rows]), guesses, sum((b for _, b in by_rank), Counter())
+
+    def gallery(self, model: VGGT, evaluation: Evaluation) -> list[tuple[str, SceneResult]]:
+        """The best, the median and the worst scenes, predicted again: why each is there, and what to draw."""
+        picked = pick(evaluation)
+        found = []
+        for (reason, number), (_, batch, predictions) in zip(
+            picked, self._predict(model, [self.chosen[number] for _, number in picked]), strict=True
+        ):
+            name = f"{self.chosen[number].category}/{self.chosen[number].name}"
+            found.append((reason, scene_result(name, predictions, batch)))
+        return found
+
+    def _predict(self, model: VGGT, chosen: list[Chosen]) -> Iterator[tuple[dict[str, Any], Batch, dict[str, Any]]]:
+        steps = [scene.step for scene in chosen]
+        return predict(model, self.split, steps, self.precision, self.world, self.workers)
+
+    def _tell(self, done: int) -> None:
+        """How far the main rank is, on a terminal."""
+        if self.world.is_main and sys.stderr.isatty():
+            total = min(done * self.world.size, len(self.chosen))
+            print(f"\r{total} of {len(self.chosen)} sequences", end="", file=sys.stderr, flush=True)
+
+
+def pick(evaluation: Evaluation) -> list[tuple[str, int]]:
+    """The scenes to show: what each is an example of, and its number. By poses, or by depth without a camera head."""
+    keys = ("rotation_deg", "translation_deg")
+    if not any(is_finite(figures.get(keys[0])) for figures in evaluation.by_scene):
+        keys = ("depth_abs_rel",)
+    errors = {
+        number: sum(figures[key] or 0 for key in keys)
+        for number, figures in enumerate(evaluation.by_scene)
+        if all(is_finite(figures.get(key)) for key in keys)
+    }
+    order = sorted(errors, key=lambda number: errors[number])
+    middle = max(0, len(order) // 2 - IN_GALLERY // 2)
+    kinds = {
+        "best": order[:IN_GALLERY],
+        "median": order[middle : middle + IN_GALLERY],
+        "worst": order[::-1][:IN_GALLERY],
+    }
+    picked: dict[int, str] = {}
+    for kind, numbers in kinds.items():
+        for number in numbers:
+            picked.setdefault(number, kind)
+    return [(kind, number) for number, kind in picked.items()]
+
+
+def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], shown: str, out: Path) -> None:
+    """Print the table and what it means; write results.json and report.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / RESULTS_FILE) as file:
+        file.write(json.dumps(results, indent=1).encode())
+    run = run_of(shown)
+    with atomic_file(out / PAGE_FILE) as file:
+        file.write(make_page(results, gallery, shown, read_lines(run / METRICS_FILE) if run else []).encode())
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(headline(results), markup=False)
+    console.print(table(results))
+    for line in [*remarks(results), *verdicts(results)]:
+        console.print(line, markup=False)
+    console.print(f"\n{out / PAGE_FILE}: pictures, and scenes to turn; {out / RESULTS_FILE}: all figures", markup=False)
+
+
+if __name__ == "__main__":
+    main()
