@@ -13,16 +13,20 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CONFIG := train/configs/$(if $(INIT),default,demo).yaml
 DEMO   := data/demo
+IS_DEMO = $(filter $(CURDIR)/$(DEMO)/shards,$(shell readlink "$(SHARDS)"))
+TRAINED = $(firstword $(wildcard runs/$(RUN)/checkpoints/best) runs/$(RUN)/checkpoints/latest)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards finetune test test-slow check bench clean
+.PHONY: help setup shards finetune eval test test-slow check bench proof clean
 
 help:
 	@echo "make finetune    train: a small model on rendered scenes, or on your data, or the published checkpoint"
+	@echo "make eval        is what RUN trained any good? Compared with guessing, and with INIT; writes runs/RUN/eval/report.html"
 	@echo "make shards      only pack the training data"
 	@echo "make setup       only create .venv and install into it"
 	@echo "make test        all tests but the slow ones;  make test-slow: those;  make check: lint and types"
 	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
+	@echo "make proof       that it learns: rendered scenes it has not seen, and one scene by heart: under half an hour"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"
@@ -32,6 +36,7 @@ help:
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
 	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: demo, co3d or finetune)"
 	@echo "ARGS=                 more settings, such as ARGS='optim.lr=1e-5 epochs=5'; see train/configs/default.yaml"
+	@echo "                      for make eval its options, such as ARGS='--protocol co3d-pose-fast'"
 
 setup: .venv/installed
 
@@ -49,7 +54,7 @@ setup: .venv/installed
 shards: setup
 ifneq ($(CO3D_DIR),)
 	@# The demo's shards lie elsewhere and are only linked here: make room.
-	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi
+	@if [ -n "$(IS_DEMO)" ]; then rm "$(SHARDS)"; fi
 	@$(BIN)/vggt-prep pack --co3d-dir "$(CO3D_DIR)" --out "$(SHARDS)" \
 	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$(CO3D_ANNOTATION_DIR)")
 else
@@ -66,6 +71,11 @@ endif
 finetune: shards
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train/main.py --config $(CONFIG) \
 	  data.shards="$(SHARDS)" out_dir="runs/$(RUN)" $(if $(INIT),init="$(INIT)") $(ARGS)
+
+eval: shards
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m train.evaluate --shards "$(SHARDS)" \
+	  $(if $(INIT),--checkpoint "$(INIT)") --checkpoint "$(TRAINED)" --out "runs/$(RUN)/eval" \
+	  $(if $(IS_DEMO),--min-frames 24) $(ARGS)
 
 test: .venv/installed-dev
 	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -85,6 +95,10 @@ bench: setup
 	@for part in speed memory full; do $(BIN)/python bench/model.py $$part || exit 1; done
 	@for part in loop wait ranks checkpoint memory; do $(BIN)/python bench/step.py $$part || exit 1; done
 
+proof: shards
+	@$(BIN)/python bench/proof.py heldout --out data/proof
+	@$(BIN)/python bench/proof.py overfit --shards "$(SHARDS)"
+
 clean:
-	@if [ "$$(readlink "$(SHARDS)")" = "$(CURDIR)/$(DEMO)/shards" ]; then rm "$(SHARDS)"; fi
+	@if [ -n "$(IS_DEMO)" ]; then rm "$(SHARDS)"; fi
 	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -160,8 +160,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     names = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-            raise ValueError(f"{prefix}{key}: no such key; the nearest is {prefix}{near[0]}")
+            raise ValueError(f"{prefix}{key}: no such key; the nearest is {_nearest(prefix, key, values[key], names)}")
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # neither: both are MISSING
     for key in required:
         if key not in values:
@@ -171,6 +170,13 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from error
+
+
+def _nearest(prefix: str, key: str, value: Any, names: set[str]) -> str:
+    """The key that was probably meant: of the same last name in another section, or else like it in this one."""
+    wanted = {name.rpartition(".")[2] for name in flatten({key: value})}
+    elsewhere = [name for name in flatten(to_dict(TrainConfig(init="any"))) if name.rpartition(".")[2] in wanted]
+    return elsewhere[0] if elsewhere else prefix + difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:

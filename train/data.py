@@ -92,7 +92,10 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
     print_checks(checks)
     out.mkdir(parents=True, exist_ok=True)
     save_picture(out / SHEET_FILE, draw_batch(first))
-    print(f"{out / SHEET_FILE}: views and depths of the first step's scenes, cropped as they are trained on")
+    print(
+        f"{out / SHEET_FILE}: views and depths of the first step's scenes, cropped as they are trained on "
+        f"(at most {SHOWN} scenes and {MAX_VIEWS} views of each)"
+    )
 
 
 def print_plan(plan: TrainingPlan) -> None:

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from multiprocessing import forkserver
 from typing import Any
 
@@ -177,7 +178,7 @@ def _load_views(
                 keys.append(shard_set.key(first + frame))
                 break
             except DamagedMemberError as error:
-                log.warning("a frame is replaced by another: %s", error)
+                _tell_once(f"a frame is replaced by another: {error}")
                 bad[error.file] += 1
                 if bad.total() > MAX_DAMAGED:
                     raise
@@ -185,6 +186,12 @@ def _load_views(
             if frame is not None:
                 (member,) = shard_set.try_read_many([first + frame])
     return keys, bad
+
+
+@lru_cache(maxsize=None)
+def _tell_once(text: str) -> None:
+    """A warning that a process gives once: a frame is drawn again and again."""
+    log.warning(text)
 
 
 def load_view(

@@ -311,11 +311,10 @@ def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: list
         raise ValueError(f"{config.out_dir}: was trained on other shards than {config.data.shards}; {advice}")
     defaults = flatten(to_dict(TrainConfig(init=config.init or "none")))
     now, before = flatten(to_dict(config)), defaults | flatten(saved["config"])  # it may be older than a key
-    for key in now:
-        if key not in MAY_CHANGE and now[key] != before[key]:
-            raise ValueError(
-                f"{config.out_dir}: was trained with {key}={before[key]!r}, now it is {now[key]!r}; {advice}"
-            )
+    changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+    if changed:
+        was, what = (", ".join(f"{key}={values[key]!r}" for key in changed) for values in (before, now))
+        raise ValueError(f"{config.out_dir}: was trained with {was}, now it is {what}; {advice}")
 
 
 def publish_pictures(result: Validation, step: int, out_dir: Path, reporter: Reporter) -> None:

@@ -34,26 +34,35 @@ def describe_start(
     parts = ", ".join(f"{name} {(t or f) / 1e6:.1f} M{'' if t else ' (frozen)'}" for name, (t, f) in counts.items())
     low, high = config.data.views
     steps = [
-        f"{scenes_per_rank(config.max_img_per_gpu, views)} scene(s) of {views} views" for views in sorted({low, high})
+        f"{count(scenes_per_rank(config.max_img_per_gpu, views), 'scene')} of {views} views"
+        for views in sorted({low, high})
     ]
-    held = f"{sum(map(len, val.lengths)):,} sequences in {config.data.val_split}" if val else "nothing (no such split)"
+    held = "nothing (no such split)"
+    if val:
+        held = f"{count(sum(map(len, val.lengths)), 'sequence')} of the {config.data.val_split} split"
+    short = sum(int((lengths < high).sum()) for lengths in train.lengths)
     lines = [
         f"model {config.model.preset}: {parts}",
         *(
-            f"data {shard_set}: {len(lengths):,} sequences of {int(lengths.sum()):,} frames"
+            f"data {shard_set}: {count(len(lengths), 'sequence')} of {int(lengths.sum()):,} frames in all"
             + (f", weight {source.weight:g}" if len(config.data.sources) > 1 else "")
             for shard_set, lengths, source in zip(train.shard_sets, train.lengths, config.data.sources, strict=True)
         ),
+        *([f"{count(short, 'sequence')} shorter than {high} views: theirs repeat in scenes of more"] if short else []),
         f"validating on {held}",
-        f"{world.size} process(es) on {world.device.type}, {config.strategy}, {config.precision}, {workers} loader "
-        "worker(s) each",
+        f"{count(world.size, 'process', 'processes')} on {world.device.type}, {config.strategy}, {config.precision}, "
+        f"{count(workers, 'loader worker')} each",
         f"a step takes {', or '.join(steps)} a process, at most {config.max_img_per_gpu * world.size} images in all, "
-        f"in {config.accum_steps} chunk(s); its shape is drawn anew each time",
-        f"memory a process: {estimate_memory(model, config, world)}",
+        f"in {count(config.accum_steps, 'chunk')}; its shape is drawn anew each time",
+        f"memory a process, beside PyTorch itself: {estimate_memory(model, config, world)}",
         f"{config.total_steps:,} steps, validation every {config.val_every:,}, checkpoint every "
         f"{config.checkpoint.every:,}; everything goes to {config.out_dir}",
     ]
     return "\n".join(lines)
+
+
+def count(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def describe_damage(by_rank: list[Counter[str]]) -> str:
@@ -69,12 +78,9 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
     trained = [line for line in lines if line["split"] == config.data.train_split]
     if not trained:
         return f"Done: {config.total_steps:,} steps. {out_dir / METRICS_FILE} has none of their losses."
-    first, last = (f"{line['loss_objective']:.3f}" for line in (trained[0], trained[-1]))
-    moved = f"went from {first} to {last}" if len(trained) > 1 else f"was {first}"
-    text = [
-        "",
-        f"Done: {config.total_steps:,} steps. The training objective {moved}, each over {config.log_every} steps.",
-    ]
+    told = [f"{line[OBJECTIVE]:.3f} (log line of step {line['step']:,})" for line in (trained[0], trained[-1])]
+    moved = f"went from {told[0]} to {told[1]}" if len(trained) > 1 else f"was {told[0]}"
+    text = ["", f"Done: {config.total_steps:,} steps. The training objective {moved}."]
     validations = comparable(read_lines(out_dir / SCENES_FILE))
     if len(validations) > 1:
         text += _compare(validations, config, out_dir)
@@ -106,7 +112,7 @@ def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Pa
     """The last validation against the first, scene by scene, and which was the best."""
     first, last = validations[0], validations[-1]
     text = [
-        f"On {len(last['scenes'])} sequences of the {config.data.val_split} split, never trained on, "
+        f"On {count(len(last['scenes']), 'sequence')} of the {config.data.val_split} split, never trained on, "
         f"step {first['step']} -> step {last['step']}:"
     ]
     signs = []
@@ -159,8 +165,9 @@ def _verdict(signs: list[int]) -> str:
 def _next_steps(config: TrainConfig) -> list[str]:
     if config.init is None:
         return [
-            "This was a small model from scratch: it shows that everything works, not what VGGT can do. Next:",
-            "  your data:   make finetune CO3D_DIR=<co3d> CO3D_ANNOTATION_DIR=<annotations>",
-            "  VGGT itself: make finetune CO3D_DIR=... CO3D_ANNOTATION_DIR=... INIT=<the published checkpoint>",
+            "This was a model from scratch: it shows that everything works, not what VGGT can do. Next:",
+            "  your data, if this was not it: make finetune CO3D_DIR=<co3d> CO3D_ANNOTATION_DIR=<annotations>",
+            f"  VGGT itself, on this data:     make finetune SHARDS={config.data.sources[0].path} "
+            "INIT=<the published checkpoint>",
         ]
     return ["Next: more steps (ARGS='max_steps=...'), or more data; stop when the figures above stop improving."]

@@ -41,7 +41,9 @@ def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> N
     if out.suffix.lower() not in (".glb", ".ply"):
         raise click.BadParameter(f"{out}: expected a name that ends in .glb or .ply", param_hint="--out")
     if find_spec("trimesh") is None:
-        raise click.ClickException("writing scenes needs trimesh: pip install -e '.[scene]'")
+        raise click.ClickException(
+            "writing scenes needs trimesh: .venv/bin/pip install -c constraints.txt -e '.[scene]'"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         paths = find_images(images)

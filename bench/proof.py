@@ -1,0 +1,151 @@
+"""Proof that training works: on scenes it has not seen, against guessing; and on a single scene, to the end.
+
+    python bench/proof.py heldout --out data/proof            renders, packs, trains, evaluates: 20 minutes on 2 cores
+    python bench/proof.py heldout --out data/proof --long     the same with more of everything: hours
+    python bench/proof.py overfit --shards data/co3d-mini     10 views of a capture learned by heart: 7 minutes
+
+heldout trains the small VGGT from scratch on rendered scenes, and compares it with itself before and with the best
+guess on held-out ones. overfit uses the first sequence of the first category of a shard set's train split. Each says
+what was reached and what was not; the exit status is 1 if something was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import shards
+from train.config import TrainConfig, load_config
+from train.distributed import World
+from train.loader import Split, load_step
+from train.losses import OBJECTIVE
+from train.metrics import FIGURES, scene_figures
+from train.optim import make_optimizer, set_lr
+from train.plan import DataState, Scene, Step, StepShape
+from train.prepare import prepare
+from train.step import train_step
+from vggt import VGGT, preset
+from vggt.weights import write_folder
+
+BIN = Path(sys.executable).parent
+CONFIG = Path(__file__).parents[1] / "train" / "configs" / "proof.yaml"
+HELDOUT = ("depth_abs_rel", "rotation_deg")  # must be better than the best guess, beyond the noise
+OVERFIT = {"depth_abs_rel": 0.05, "auc_30": 0.9}  # at most; at least
+
+
+@dataclass(frozen=True)
+class Size:
+    scenes: int
+    frames: int
+    steps: int
+
+
+SHORT, LONG = Size(scenes=400, frames=24, steps=3000), Size(scenes=3000, frames=24, steps=30_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    heldout_parser = commands.add_parser("heldout", help="held-out rendered scenes, before and after, against guessing")
+    heldout_parser.add_argument("--out", type=Path, required=True, help="folder for scenes, shards, run and report")
+    heldout_parser.add_argument("--long", action="store_true", help="ten times the scenes, twenty times the steps")
+    heldout_parser.add_argument("--scenes", type=int, help="instead of the setting's")
+    heldout_parser.add_argument("--steps", type=int, help="instead of the setting's")
+    overfit_parser = commands.add_parser("overfit", help="10 views of one capture")
+    overfit_parser.add_argument("--shards", required=True, help="directory made by vggt-prep pack, or its URL")
+    overfit_parser.add_argument("--steps", type=int, default=530)
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "heldout":
+            size = LONG if arguments.long else SHORT
+            size = replace(size, scenes=arguments.scenes or size.scenes, steps=arguments.steps or size.steps)
+            reached = heldout(arguments.out, size)
+        else:
+            reached = overfit(arguments.shards, arguments.steps)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if reached else 1)
+
+
+def heldout(out: Path, size: Size) -> bool:
+    """Whether the trained model beats the best guess in all of HELDOUT on the scenes of the test split."""
+    captures, packed, run, untrained = (out / name for name in ("captures", "shards", "run", "untrained"))
+    began = time.monotonic()
+    call("vggt-prep", "synth", "--out", captures, "--scenes", size.scenes, "--frames", size.frames, "--seed", 1)
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
+    call("vggt-prep", "pack", *source, "--out", packed, "--short-side", 150)
+    overrides = (f"data.shards={packed}", f"out_dir={run}", f"max_steps={size.steps}")
+    config = load_config(CONFIG, list(overrides))
+    torch.manual_seed(config.seed)  # as the trainer starts
+    model = VGGT(preset(config.model.preset, heads=config.loss.heads))
+    write_folder(untrained, model.state_dict(), asdict(model.config))
+    call("python", "train/main.py", "--config", CONFIG, *overrides)
+    trained = run / "checkpoints" / "latest"
+    protocol = ("--min-frames", size.frames, "--width", config.data.width)
+    checkpoints = ("--checkpoint", untrained, "--checkpoint", trained)
+    call("python", "-m", "train.evaluate", "--shards", packed, *checkpoints, *protocol, "--out", out / "report")
+    results = json.loads((out / "report" / "results.json").read_text())
+    print(f"\nLearning proof, {(time.monotonic() - began) / 60:.1f} minutes:")
+    reached = True
+    for name in HELDOUT:
+        found = next(c for c in results["against_guessing"] if (c["figure"], c["after"]) == (name, str(trained)))
+        reached &= found["gain"] == 1
+        print(f"  {'reached' if found['gain'] == 1 else 'NOT REACHED'}: {found['before']} -> trained, {found['words']}")
+    return reached
+
+
+def call(program: str, *arguments: object) -> None:
+    """A command of this environment, as a user would type it."""
+    print(f"$ {program} {' '.join(map(str, arguments))}", flush=True)
+    subprocess.run([str(BIN / program), *map(str, arguments)], check=True, cwd=CONFIG.parents[2])
+
+
+def overfit(location: str, steps: int) -> bool:
+    """Whether a small model learns 10 fixed views by heart: a broken gradient, normalisation or convention does not."""
+    config = load_config(CONFIG, ["optim.lr=5e-4", "model.preset=overfit", f"max_steps={steps}"])
+    split = Split([shards.open(location)], "train")
+    frames = tuple(range(0, int(split.lengths[0][0]), max(1, int(split.lengths[0][0]) // 10)))[:10]
+    scene = Scene(0, 0, frames, None)
+    batch = load_step(split, Step(StepShape(len(frames), 84, 112), (scene,), DataState(1, ())))
+    print(f"{batch['keys'][0][0]} and {len(frames) - 1} other views of that sequence, {steps} steps", flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = prepare(batch, device, with_points=False)
+    torch.manual_seed(config.seed)
+    model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=None)).to(device)
+    figures = learn_by_heart(model, inputs, config, World(0, 1, 1, device))
+    reached = True
+    for name, limit in OVERFIT.items():
+        figure = FIGURES[name]
+        good = figures[name] > limit if figure.higher_is_better else figures[name] < limit
+        reached &= good
+        value, bound = figure.form.format(figures[name]), figure.form.format(limit)
+        print(f"  {'reached' if good else 'NOT REACHED'}: {figure.label} {value} (limit {bound})")
+    return reached
+
+
+def learn_by_heart(model: VGGT, batch: dict[str, torch.Tensor], config: TrainConfig, world: World) -> dict[str, float]:
+    """Train on one batch with the trainer's own step; the figures at the end."""
+    optimizer = make_optimizer(model, config.optim)
+    began = time.monotonic()
+    for step in range(config.total_steps):
+        set_lr(optimizer, config.optim, step, config.total_steps)
+        outcome = train_step(model.train(), optimizer, batch, config, world, stop=False, bad=0, tried=0)
+        if (step + 1) % 50 == 0 or step + 1 == config.total_steps:
+            with torch.no_grad():
+                figures = scene_figures(model.eval()(batch["images"]), batch)
+            told = ", ".join(f"{FIGURES[name].label} {FIGURES[name].form.format(figures[name])}" for name in OVERFIT)
+            objective, seconds = float(outcome.terms[OBJECTIVE]), time.monotonic() - began
+            print(f"step {step + 1}, {seconds:.0f} s: objective {objective:.3f}, {told}", flush=True)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
