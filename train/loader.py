@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from multiprocessing import forkserver
 from typing import Any
 
@@ -188,7 +188,7 @@ def _load_views(
     return keys, bad
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tell_once(text: str) -> None:
     """A warning that a process gives once: a frame is drawn again and again."""
     log.warning(text)

@@ -14,8 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -140,58 +139,22 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
         (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
     reporter.say(about)
 
-    def evaluate(step: int) -> bool:
-        """Whether no validation before was as good."""
-        # A run that was killed in between has validated before, or has still to do so.
-        if val_split is None or world.from_main(lambda: reporter.has(step, config.data.val_split)):
-            return False
-        result = validate(model, val_split, config, world, workers)
-        reporter.scenes(step, compared_plan(config), result.names, result.by_scene)
-        reporter.scalars(step, config.data.val_split, result.means)
-        reporter.say(f"step {step}: {config.data.val_split} {describe_figures(result.means)}")
-        publish_pictures(result, step, out_dir, reporter)
-        return world.from_main(lambda: best_validation() == step)
-
-    def best_validation() -> int | None:
-        return best_step(read_lines(out_dir / SCENES_FILE), config.checkpoint.best)
-
-    def mark_best_checkpoint() -> None:
-        if world.is_main:
-            mark_best(out_dir / "checkpoints", best_validation(), config.checkpoint)
-
-    def save_checkpoint(after: DataState, *, stopped: bool) -> None:
-        weights, moments = (whole(part.state_dict(), world) for part in (model, optimizer))  # gathered by all ranks
-        if world.is_main:
-            content = {
-                "model": weights,
-                "model_config": asdict(model.config),
-                "optimizer": moments,
-                "data": {"step": after.step, "positions": list(after.positions)},
-                "config": to_dict(config),
-                "shards": [shard_set.digest for shard_set in shard_sets],
-            }
-            save(out_dir / "checkpoints", after.step, content, config.checkpoint)
-            if stopped:
-                (out_dir / REQUEUE_FILE).touch()
-        world.barrier()
-
     # Loop
+    work = Run(
+        config=config,
+        world=world,
+        model=model,
+        shared=shared,
+        optimizer=optimizer,
+        plan=plan,
+        train_split=train_split,
+        val_split=val_split,
+        workers=workers,
+        reporter=reporter,
+        stop_asked=stop_asked,
+    )
     with reporter:
-        stopped = train(
-            config,
-            world,
-            shared,
-            optimizer,
-            train_split,
-            plan,
-            state,
-            workers,
-            reporter,
-            evaluate,
-            save_checkpoint,
-            mark_best_checkpoint,
-            stop_asked,
-        )
+        stopped = work.train(state)
 
     # Summary
     if not world.is_main:
@@ -202,79 +165,127 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
         reporter.say(describe_run(config, out_dir))
 
 
-def train(
-    config: TrainConfig,
-    world: World,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    plan: TrainingPlan,
-    state: DataState,
-    workers: int,
-    reporter: Reporter,
-    evaluate: Callable[[int], bool],
-    save_checkpoint: Callable[..., None],
-    mark_best_checkpoint: Callable[[], None],
-    stop_asked: list[int],
-) -> bool:
-    """Train from `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
-    batches = stream(
-        lambda last: TrainingSteps(split, plan, world.rank, last or state, config.total_steps),
-        workers,
-        pin_memory=world.device.type == "cuda",
-    )
-    if is_validation_step(config, state.step):
-        evaluate(state.step)
-        mark_best_checkpoint()
-    window = Window()
-    skipped = bad = tried = 0
-    damaged: Counter[str] = Counter()  # frames of this rank, by file
-    for _ in range(state.step, config.total_steps):
-        began = time.perf_counter()
-        raw = next(batches)
-        waited = time.perf_counter() - began
-        step = raw["after"].step  # counts the steps that are done
-        lr = set_lr(optimizer, config.optim, step - 1, config.total_steps)
-        damaged.update(raw["bad"])
-        counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
-        with said_out_of_memory(raw["images"], config, world, step):
-            batch = prepare(raw, world.device, with_points=config.loss.point > 0)
-            outcome = train_step(model, optimizer, batch, config, world, stop=bool(stop_asked), **counts)
-        bad, tried = bad + outcome.bad, tried + outcome.tried
-        if tried >= MIN_TRIED and bad > config.data.max_bad * tried:
-            raise ValueError(
-                f"{bad} of {tried} frames read are damaged, more than data.max_bad={config.data.max_bad:g}: "
-                f"{describe_damage(world.gather(damaged))}; copy these again, or pack again"
-            )
-        skipped = 0 if outcome.finite else skipped + 1
-        if not outcome.finite:
-            keys = [key for rank_keys in world.gather(raw["keys"]) for key in rank_keys]
-            reporter.scalars(step, "skipped", {"skipped": skipped})
-            reporter.say(f"step {step}: skipped on all ranks, as a loss or gradient is not finite; scenes: {keys}")
-            if skipped > config.max_skipped:
-                raise ValueError(
-                    f"{skipped} steps in a row were not finite (max_skipped={config.max_skipped}): lower optim.lr, or "
-                    "look at the scenes listed above"
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run at work. model: bare; shared: the same as the ranks share it; stop_asked: gets the signals to stop."""
+
+    config: TrainConfig
+    world: World
+    model: VGGT
+    shared: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    plan: TrainingPlan
+    train_split: Split
+    val_split: Split | None
+    workers: int
+    reporter: Reporter
+    stop_asked: list[int]
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.config.out_dir)
+
+    def train(self, state: DataState) -> bool:
+        """From `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
+        config, world, reporter = self.config, self.world, self.reporter
+        batches = stream(
+            lambda last: TrainingSteps(self.train_split, self.plan, world.rank, last or state, config.total_steps),
+            self.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+        if is_validation_step(config, state.step):
+            self.evaluate(state.step)
+            self.mark_best()
+        window = Window()
+        skipped = bad = tried = 0
+        damaged: Counter[str] = Counter()  # frames of this rank, by file
+        for _ in range(state.step, config.total_steps):
+            began = time.perf_counter()
+            raw = next(batches)
+            waited = time.perf_counter() - began
+            step = raw["after"].step  # counts the steps that are done
+            lr = set_lr(self.optimizer, config.optim, step - 1, config.total_steps)
+            damaged.update(raw["bad"])
+            counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
+            with said_out_of_memory(raw["images"], config, world, step):
+                batch = prepare(raw, world.device, with_points=config.loss.point > 0)
+                outcome = train_step(
+                    self.shared, self.optimizer, batch, config, world, stop=bool(self.stop_asked), **counts
                 )
-        else:
-            window.add(outcome.terms, outcome.norms, batch["images"].shape[:2].numel(), began, waited)
-        if window.steps and (step % config.log_every == 0 or step == config.total_steps):
-            values = window.means(world) | {"lr": lr, "memory_gb": peak_gb(world.device)}
-            window = Window()
-            reporter.scalars(step, config.data.train_split, values)
-            reporter.progress(step, values)
-        due = step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop
-        if due:
-            save_checkpoint(raw["after"], stopped=outcome.stop and step < config.total_steps)
-        if outcome.stop and step < config.total_steps:
-            return True
-        if is_validation_step(config, step):
-            if evaluate(step) and not due:
-                save_checkpoint(raw["after"], stopped=False)
-            mark_best_checkpoint()
-    if bad:
-        reporter.say(f"{bad} of {tried} frames were damaged and replaced: {describe_damage(world.gather(damaged))}")
-    return False
+            bad, tried = bad + outcome.bad, tried + outcome.tried
+            if tried >= MIN_TRIED and bad > config.data.max_bad * tried:
+                raise ValueError(
+                    f"{bad} of {tried} frames read are damaged, more than data.max_bad={config.data.max_bad:g}: "
+                    f"{describe_damage(world.gather(damaged))}; copy these again, or pack again"
+                )
+            skipped = 0 if outcome.finite else skipped + 1
+            if not outcome.finite:
+                keys = [key for rank_keys in world.gather(raw["keys"]) for key in rank_keys]
+                reporter.scalars(step, "skipped", {"skipped": skipped})
+                reporter.say(f"step {step}: skipped on all ranks, as a loss or gradient is not finite; scenes: {keys}")
+                if skipped > config.max_skipped:
+                    raise ValueError(
+                        f"{skipped} steps in a row were not finite (max_skipped={config.max_skipped}): lower optim.lr, "
+                        "or look at the scenes listed above"
+                    )
+            else:
+                window.add(outcome.terms, outcome.norms, batch["images"].shape[:2].numel(), began, waited)
+            if window.steps and (step % config.log_every == 0 or step == config.total_steps):
+                values = window.means(world) | {"lr": lr, "memory_gb": peak_gb(world.device)}
+                window = Window()
+                reporter.scalars(step, config.data.train_split, values)
+                reporter.progress(step, values)
+            due = step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop
+            if due:
+                self.save(raw["after"], stopped=outcome.stop and step < config.total_steps)
+            if outcome.stop and step < config.total_steps:
+                return True
+            if is_validation_step(config, step):
+                if self.evaluate(step) and not due:
+                    self.save(raw["after"], stopped=False)
+                self.mark_best()
+        if bad:
+            reporter.say(f"{bad} of {tried} frames were damaged and replaced: {describe_damage(world.gather(damaged))}")
+        return False
+
+    def evaluate(self, step: int) -> bool:
+        """Validate, unless it has been done; whether no validation before was as good."""
+        config, world, split, reporter = self.config, self.world, self.val_split, self.reporter
+        # A run that was killed in between has validated before, or has still to do so.
+        if split is None or world.from_main(lambda: reporter.has_validation(step)):
+            return False
+        result = validate(self.model, split, config, world, self.workers)
+        reporter.scalars(step, config.data.val_split, result.means)
+        reporter.scenes(step, compared_plan(config), result.names, result.by_scene)
+        reporter.say(f"step {step}: {config.data.val_split} {describe_figures(result.means)}")
+        publish_pictures(result, step, self.out_dir, reporter)
+        return world.from_main(lambda: self._best_step() == step)
+
+    def _best_step(self) -> int | None:
+        return best_step(read_lines(self.out_dir / SCENES_FILE), self.config.checkpoint.best)
+
+    def mark_best(self) -> None:
+        """Point checkpoints/best at the checkpoint of the best validation so far."""
+        if self.world.is_main:
+            mark_best(self.out_dir / "checkpoints", self._best_step(), self.config.checkpoint)
+
+    def save(self, after: DataState, *, stopped: bool) -> None:
+        """A checkpoint, from which the data goes on at `after`. Called by all ranks."""
+        world = self.world
+        weights, moments = (whole(part.state_dict(), world) for part in (self.model, self.optimizer))
+        if world.is_main:
+            content = {
+                "model": weights,
+                "model_config": asdict(self.model.config),
+                "optimizer": moments,
+                "data": {"step": after.step, "positions": list(after.positions)},
+                "config": to_dict(self.config),
+                "shards": [shard_set.digest for shard_set in self.train_split.shard_sets],
+            }
+            save(self.out_dir / "checkpoints", after.step, content, self.config.checkpoint)
+            if stopped:
+                (self.out_dir / REQUEUE_FILE).touch()
+        world.barrier()
 
 
 def is_validation_step(config: TrainConfig, step: int) -> bool:

@@ -66,10 +66,9 @@ class Reporter:
         """A line for people."""
         self.console.print(text, markup=False)
 
-    def has(self, step: int, split: str) -> bool:
-        """Whether metrics.jsonl has this line (on the main rank)."""
-        lines = read_lines(self.out_dir / METRICS_FILE) if self.is_main else []
-        return any((line["step"], line["split"]) == (step, split) for line in lines)
+    def has_validation(self, step: int) -> bool:
+        """Whether validation.jsonl, which is written last, has this step (on the main rank)."""
+        return self.is_main and any(line["step"] == step for line in read_lines(self.out_dir / SCENES_FILE))
 
     def scalars(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and a TensorBoard point for each value."""
