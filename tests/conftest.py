@@ -14,6 +14,9 @@ from golden_figures import SHARED, golden_weights, load_json
 from shards.schema import FrameMeta
 from vggt import preset
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process a core: threads of several would wait for each other
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from train.bootstrap import MIN_SCENES, estimate
+from train.bootstrap import MIN_SCENES, _student_over_normal, estimate
 
 RNG = np.random.default_rng(0)
 
@@ -18,12 +18,19 @@ def test_interval_equals_scipy():
     assert ours.high == pytest.approx(theirs.high, abs=0.05)
 
 
-def test_interval_covers_the_mean_as_often_as_it_says():
+@pytest.mark.parametrize("scenes", [MIN_SCENES, 10, 30])
+def test_interval_covers_the_mean_as_often_as_it_says(scenes):
     covered = 0
-    for _ in range(300):
-        found = estimate(RNG.normal(1, 1, 30).tolist())
+    for _ in range(400):
+        found = estimate(RNG.normal(1, 1, scenes).tolist())
         covered += found.low < 1 < found.high
-    assert 0.88 < covered / 300 < 0.98
+    assert 0.91 < covered / 400 < 0.99
+
+
+@pytest.mark.parametrize("freedom", [4, 9, 30, 1000])
+def test_widening_for_few_scenes_is_students(freedom):
+    exact = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
+    assert _student_over_normal(freedom) == pytest.approx(exact, rel=0.02)
 
 
 def test_groups_weigh_the_same_whatever_their_size():

@@ -58,6 +58,8 @@ def test_configurations_are_frozen():
 WRONG = {
     "sed=1": "sed: no such key; the nearest is seed",
     "data.veiws=[2, 4]": "data.veiws: no such key; the nearest is data.views",
+    "parallel.strategy=fsdp": "parallel: no such key; the nearest is strategy",
+    "loss.views=[2, 4]": "loss.views: no such key; the nearest is data.views",
     "optim.learning_rate=1": "optim.learning_rate: no such key; the nearest is optim.",
     "checkpoint.evry=3": "the nearest is checkpoint.every",
     "loss.dept=1": "the nearest is loss.depth",

@@ -18,6 +18,7 @@ from train.guesses import GUESSES, guess_figures, mean_relative_pose
 from train.metrics import FIGURES
 from train.plan import draw_frames
 from train.protocol import FAST_SEQUENCES, Protocol, choose
+from train.results import Evaluation
 
 OPTIONS = ("--split", "train", "--min-frames", "20", "--views", "4", "--width", "56")  # of shard_dir: 7 sequences
 
@@ -56,7 +57,7 @@ def test_figures_of_all_scenes_are_means_over_categories(results, exported):
     for name, found in results["checkpoints"][label]["figures"].items():
         by_category = {}
         for scene in scenes:
-            by_category.setdefault(scene["scene"].split("/")[0], []).append(scene[label][name])
+            by_category.setdefault(scene["scene"].split("/")[0], []).append(scene["figures"][label][name])
         assert found["mean"] == pytest.approx(np.mean([np.mean(v) for v in by_category.values()])), name
         assert found["low"] <= found["mean"] <= found["high"]
     assert set(results["checkpoints"][label]["figures"]) == set(FIGURES)
@@ -76,6 +77,7 @@ def test_torchrun_gives_the_numbers_of_one_process(results, shard_dir, exported,
             assert found["checkpoints"][label]["figures"][name][part] == pytest.approx(expected[part], abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_trained_beats_untrained_side_by_side_with_intervals(shard_dir, tmp_path, capsys):
     done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=30", "checkpoint.every=29", "val_every=15")
     assert done.returncode == 0, done.stderr
@@ -106,7 +108,6 @@ def test_protocol_draws_depend_on_names_and_seed_alone(shard_dir):
     protocol = Protocol(split="train", min_frames=20, width=56)
     chosen = choose(opened, protocol)
     assert chosen == choose(shards.open(shard_dir), protocol)
-    assert [c.name for c in chosen] != sorted({c.name for c in chosen})[:1]
     for scene in chosen:
         frames = scene.step.scenes[0].frames
         assert len(set(frames)) == 10
@@ -229,6 +230,33 @@ def test_scenes_without_depth_count_for_cameras(shard_dir, exported, tmp_path, c
     assert figures["depth_abs_rel"]["scenes"] == 5
     assert figures["auc_30"]["scenes"] == 7
     assert "2 scenes without true depth count for cameras only" in " ".join(capsys.readouterr().out.split())
+
+
+def test_scenes_shown_are_best_median_and_worst_whatever_their_number():
+    def kinds(errors):
+        rows = [{"rotation_deg": error, "translation_deg": 0.0} for error in errors]
+        return {kind: [n for k, n in evaluate.pick(Evaluation("a", rows)) if k == kind] for kind in ("best", "worst")}
+
+    assert kinds([3.0, 1.0]) == {"best": [1], "worst": [0]}
+    assert kinds([3.0, 1.0, 2.0]) == {"best": [1], "worst": [0]}
+    assert kinds([1.0]) == {"best": [0], "worst": []}
+    assert kinds([float(n) for n in range(9)]) == {"best": [0, 1], "worst": [8, 7]}
+    assert evaluate.pick(Evaluation("a", [{"rotation_deg": None}])) == []
+
+
+def test_a_run_is_known_by_its_checkpoint_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "best").touch()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert evaluate.run_of(str(folder / "best")) == tmp_path / "run"
+    monkeypatch.chdir(folder)
+    assert evaluate.run_of("best") == tmp_path / "run"
+    monkeypatch.chdir(tmp_path / "run")
+    assert evaluate.run_of("facebook/VGGT-1B") is None
+    (tmp_path / "run" / "vggt.pt").touch()
+    assert evaluate.run_of("vggt.pt") is None
 
 
 def test_mean_pose_equals_scipy_mean_rotation(shard_dir):

@@ -21,7 +21,7 @@ from train.config import load_config
 from train.loader import Split
 from train.metrics import FIGURES
 from train.plan import DataState, TrainingPlan
-from train.report import read_lines
+from train.report import Reporter, read_lines
 from vggt import VGGT, preset
 
 
@@ -68,6 +68,7 @@ def test_a_run_leaves_everything_that_is_promised(whole_run):
         assert words in said
 
 
+@pytest.mark.slow
 def test_best_is_the_checkpoint_of_the_best_validation(shard_dir, tmp_path):
     """Whether or not a checkpoint is due at that step, also after others have come and gone, and a kill."""
     out = tmp_path / "run"
@@ -86,6 +87,18 @@ def test_best_is_the_checkpoint_of_the_best_validation(shard_dir, tmp_path):
     assert (out / "checkpoints" / "best").resolve().name == f"step-{step:08d}.pt"
     assert {path.name for path in (out / "checkpoints").glob("step-*.pt")} == {f"step-{s:08d}.pt" for s in (step, 8)}
     assert f"step {step} was the best" in done.stdout or step == 8
+
+
+def test_lines_that_a_kill_cut_off_and_those_of_another_start_are_forgotten(tmp_path):
+    lines = [{"step": step, "plan": {}, "scenes": []} for step in (0, 2, 4)]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "sc'
+    for resumed, left in ((True, [0, 2]), (False, [])):
+        (tmp_path / "validation.jsonl").write_text(text)
+        reporter = Reporter(tmp_path, is_main=True, first_step=2 if resumed else 0, total_steps=9, resumed=resumed)
+        with reporter:
+            assert [line["step"] for line in read_lines(tmp_path / "validation.jsonl")] == left
+            assert reporter.has_validation(0, {}) == resumed
+            assert not reporter.has_validation(0, {"val_views": 3})
 
 
 @pytest.mark.slow
@@ -193,7 +206,7 @@ def test_two_processes_train_are_killed_and_resume_to_the_same_run(shard_dir, tm
     runs = [tmp_path / "whole", tmp_path / "killed"]
     whole = run_trainer(shard_dir, runs[0], *SCRATCH, "max_steps=4", processes=2)
     assert whole.returncode == 0, whole.stderr
-    assert "2 process(es)" in whole.stdout
+    assert "2 processes on cpu" in whole.stdout
     assert whole.stdout.count("Done: 4 steps") == 1
     process = start(trainer(shard_dir, runs[1], *SCRATCH, "max_steps=4", processes=2))
     wait_for(runs[1] / "checkpoints" / "step-00000002.pt", process)
@@ -323,10 +336,11 @@ def test_another_run_in_the_same_place_is_refused(shard_dir, whole_run, tmp_path
 
 
 @pytest.mark.dist
-def test_under_torchrun_an_error_is_said_once(tmp_path):
+def test_under_torchrun_an_error_is_said_once_and_ends_its_report(tmp_path):
     done = run_trainer("/nowhere", tmp_path / "run", *SCRATCH, processes=2)
     assert done.returncode == 1
-    assert done.stderr.count("Error: /nowhere: no such directory") == 1
+    assert done.stderr.count("\nError: /nowhere: no such directory") + done.stderr.startswith("Error: /nowhere") == 1
+    assert any(line.strip().startswith("ValueError: /nowhere: no such") for line in done.stderr.splitlines()[-4:])
 
 
 def test_steps_that_are_not_finite_are_skipped_listed_and_limited(shard_dir, published, tmp_path):

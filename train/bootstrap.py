@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -31,30 +32,47 @@ class Estimate:
         return int(self.low > 0) - int(self.high < 0)
 
 
+def group_mean(values: Sequence[float], groups: Sequence[str] | None = None) -> float:
+    """The mean of one value a scene; with groups (a name each) the mean of the groups' means."""
+    x, member = _by_group(values, groups)
+    return float(_means(np.ones((1, len(x))), x, member)[0])
+
+
 def estimate(values: Sequence[float], groups: Sequence[str] | None = None) -> Estimate:
-    """The mean of one value a scene and its interval; with groups (a name each) the mean of the groups' means.
+    """group_mean and its interval, by resampling the scenes.
 
-    For a paired comparison give the differences: what scenes have in common then cancels. Raises ValueError if there
-    are no values.
+    For a paired comparison give the differences: what scenes have in common then cancels. As few scenes spread less
+    than what they are drawn from, the interval is widened about the mean by sqrt(n / (n - 1)) and Student's quantile
+    over the normal one (Hesterberg 2015, The American Statistician 69, 371). Raises ValueError without values.
     """
-    x = np.asarray(values, np.float64)
-    if not len(x):
+    mean, n = group_mean(values, groups), len(values)
+    if n < MIN_SCENES:
+        return Estimate(mean, n, None, None)
+    x, member = _by_group(values, groups)
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(np.float64)
+    low, high = np.quantile(_means(times, x, member), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    widen = np.sqrt(n / (n - 1)) * _student_over_normal(n - 1)
+    return Estimate(mean, n, float(mean + (low - mean) * widen), float(mean + (high - mean) * widen))
+
+
+def _by_group(values: Sequence[float], groups: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Values [n], and which group each is of [n, groups]."""
+    if not len(values):
         raise ValueError("values: expected at least one")
-    names, group = np.unique(groups if groups is not None else [""] * len(x), return_inverse=True)
-    member = group[:, None] == np.arange(len(names))  # [scenes, groups]
+    names, group = np.unique(groups if groups is not None else [""] * len(values), return_inverse=True)
+    return np.asarray(values, np.float64), (group[:, None] == np.arange(len(names))).astype(np.float64)
 
-    def means(times: np.ndarray) -> np.ndarray:
-        """Of resamples, given how often each has each scene [draws, scenes]; a group that is in none does not count."""
-        counts = times @ member
-        with np.errstate(invalid="ignore"):
-            return np.nanmean((times * x) @ member / counts, axis=1)
 
-    mean = float(means(np.ones((1, len(x))))[0])
-    if len(x) < MIN_SCENES:
-        return Estimate(mean, len(x), None, None)
-    times = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), DRAWS)
-    low, high = np.quantile(means(times), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(mean, len(x), float(low), float(high))
+def _means(times: np.ndarray, x: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Of resamples, given how often each has each scene [draws, n]; a group that is in none does not count."""
+    with np.errstate(invalid="ignore"):
+        return np.nanmean((times @ (member * x[:, None])) / (times @ member), axis=1)
+
+
+def _student_over_normal(freedom: int) -> float:
+    """LEVEL's quantile of Student's t over the normal one, to 2% from 4 degrees of freedom (Fisher's expansion)."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    return 1 + (z**2 + 1) / (4 * freedom) + (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
 
 
 def paired(
@@ -76,7 +94,7 @@ def paired(
         return None
     first, second, group = zip(*both, strict=True)
     change = estimate([a - b for b, a, _ in both], group)
-    return estimate(first, group).mean, estimate(second, group).mean, change
+    return group_mean(first, group), group_mean(second, group), change
 
 
 def is_finite(value: float | None) -> bool:

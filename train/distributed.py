@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -60,6 +63,17 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def fail(error: Exception) -> NoReturn:
+    """End this process with a line for people, which torchrun repeats at the end of its own report."""
+    # The first rank speaks for all: the others wait, for torchrun kills everyone as soon as one has exited.
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+    print(f"Error: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def _fresh_store() -> Store:

@@ -29,7 +29,7 @@ import shards
 from shards.writer import atomic_file
 from train.bootstrap import is_finite
 from train.config import Precision
-from train.distributed import World, start_world
+from train.distributed import World, fail, start_world
 from train.guesses import GUESSES, guess_figures, mean_relative_pose
 from train.loader import Split, worker_count
 from train.metrics import scene_figures
@@ -40,7 +40,7 @@ from train.protocol import Chosen, Protocol, choose
 from train.report import METRICS_FILE, read_lines
 from train.results import Evaluation, as_json_rows, headline, make_results, remarks, table, verdicts
 from train.summary import describe_damage
-from train.validate import Figures, predict
+from train.validate import Figures, predict, scene_name
 from vggt import VGGT, VGGTConfig
 from vggt.weights import fill, heads_in, read_checkpoint
 
@@ -54,11 +54,10 @@ def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        with start_world(tf32=True) as world:
+        with start_world(tf32=arguments.precision != "fp32") as world:
             evaluate(arguments, world)
     except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        fail(error)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -113,7 +112,8 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         guesses, damaged = guessed, damaged | bad  # the same for each checkpoint
     if not world.is_main:
         return
-    results = make_results(job.chosen, protocol, checkpoints, guesses)
+    unusable = [f"{c.category}/{c.name}" for c, row in zip(job.chosen, guesses[0].by_scene, strict=True) if not row]
+    results = make_results(job.chosen, protocol, checkpoints, guesses, unusable)
     for label, row in results["checkpoints"].items():
         row["heads"] = heads[label]
     results |= {"shards": str(shard_set), "digest": shard_set.digest, "precision": job.precision}
@@ -145,8 +145,9 @@ def load_model(source: str) -> tuple[VGGT, int]:
 
 def run_of(source: str) -> Path | None:
     """The folder of the run that a checkpoint lies in, if it does."""
-    folder = Path(source).parent.parent
-    return folder if (folder / METRICS_FILE).is_file() and (folder / "config.yaml").is_file() else None
+    folder = Path(source).absolute().parent
+    is_run = Path(source).is_file() and folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
+    return folder.parent if is_run else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +163,19 @@ class Job:
 
     def evaluate(self, model: VGGT) -> tuple[list[dict[str, Any]], list[Evaluation], Counter[str]]:
         """The figures of each scene; those of guesses; and the damaged frames by file. The same on every rank."""
-        mine: list[tuple[Figures, dict[str, Figures]]] = []
+        mine: list[tuple[Figures, dict[str, Figures]]] = []  # without any where no frame could be used
         bad = Counter[str]()
-        for raw, batch, predictions in self._predict(model, self.chosen[self.world.rank :: self.world.size]):
-            mine.append((scene_figures(predictions, batch), guess_figures(batch, self.mean_pose)))
+        my_scenes = self.chosen[self.world.rank :: self.world.size]
+        for scene, (raw, batch, predictions) in zip(my_scenes, self._predict(model, my_scenes), strict=True):
+            usable = scene_name(raw) == f"{scene.category}/{scene.name}"  # else the loader took another sequence
+            figures = scene_figures(predictions, batch) if usable else {}
+            mine.append((figures, guess_figures(batch, self.mean_pose) if usable else {}))
             bad.update(raw["bad"])
             self._tell(len(mine))
         by_rank = self.world.gather((mine, bad))
         size = self.world.size
         rows = [by_rank[i % size][0][i // size] for i in range(len(self.chosen))]
-        guesses = [Evaluation(name, as_json_rows([guessed[name] for _, guessed in rows])) for name in GUESSES]
+        guesses = [Evaluation(name, as_json_rows([guessed.get(name, {}) for _, guessed in rows])) for name in GUESSES]
         return as_json_rows([figures for figures, _ in rows]), guesses, sum((b for _, b in by_rank), Counter())
 
     def gallery(self, model: VGGT, evaluation: Evaluation) -> list[tuple[str, SceneResult]]:
@@ -193,7 +197,8 @@ class Job:
         """How far the main rank is, on a terminal."""
         if self.world.is_main and sys.stderr.isatty():
             total = min(done * self.world.size, len(self.chosen))
-            print(f"\r{total} of {len(self.chosen)} sequences", end="", file=sys.stderr, flush=True)
+            end = "\n" if total == len(self.chosen) else ""
+            print(f"\r{total} of {len(self.chosen)} sequences", end=end, file=sys.stderr, flush=True)
 
 
 def pick(evaluation: Evaluation) -> list[tuple[str, int]]:
@@ -202,22 +207,19 @@ def pick(evaluation: Evaluation) -> list[tuple[str, int]]:
     if not any(is_finite(figures.get(keys[0])) for figures in evaluation.by_scene):
         keys = ("depth_abs_rel",)
     errors = {
-        number: sum(figures[key] or 0 for key in keys)
+        number: sum(float(figures[key] or 0) for key in keys)
         for number, figures in enumerate(evaluation.by_scene)
         if all(is_finite(figures.get(key)) for key in keys)
     }
     order = sorted(errors, key=lambda number: errors[number])
-    middle = max(0, len(order) // 2 - IN_GALLERY // 2)
-    kinds = {
-        "best": order[:IN_GALLERY],
-        "median": order[middle : middle + IN_GALLERY],
-        "worst": order[::-1][:IN_GALLERY],
-    }
+    most = min(IN_GALLERY, -(-len(order) // 3))
+    middle = (len(order) - most) // 2
+    kinds = {"best": order[:most], "worst": order[most:][::-1][:most], "median": order[middle : middle + most]}
     picked: dict[int, str] = {}
     for kind, numbers in kinds.items():
         for number in numbers:
             picked.setdefault(number, kind)
-    return [(kind, number) for number, kind in picked.items()]
+    return [(kind, number) for shown in ("best", "median", "worst") for number, kind in picked.items() if kind == shown]
 
 
 def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], shown: str, out: Path) -> None:
@@ -225,14 +227,14 @@ def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], sho
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / RESULTS_FILE) as file:
         file.write(json.dumps(results, indent=1).encode())
-    run = run_of(shown)
-    with atomic_file(out / PAGE_FILE) as file:
-        file.write(make_page(results, gallery, shown, read_lines(run / METRICS_FILE) if run else []).encode())
     console = Console(highlight=False, soft_wrap=True)
     console.print(headline(results), markup=False)
     console.print(table(results))
     for line in [*remarks(results), *verdicts(results)]:
         console.print(line, markup=False)
+    run = run_of(shown)
+    with atomic_file(out / PAGE_FILE) as file:
+        file.write(make_page(results, gallery, shown, read_lines(run / METRICS_FILE) if run else []).encode())
     console.print(f"\n{out / PAGE_FILE}: pictures, and scenes to turn; {out / RESULTS_FILE}: all figures", markup=False)
 
 

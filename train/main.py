@@ -9,9 +9,7 @@ One process a GPU (or a few on CPUs). The same command again goes on from the la
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,9 +22,9 @@ import yaml
 
 import shards
 from shards import ShardSet
-from train.checkpoint import find_newest, load, mark_best, save
+from train.checkpoint import find_newest, load, mark_best, save, steps_saved
 from train.config import TrainConfig, flatten, load_config, to_dict
-from train.distributed import World, start_world
+from train.distributed import World, fail, start_world
 from train.loader import STOP_SIGNALS, Split, TrainingSteps, stream, worker_count
 from train.memory import peak_gb, rehearse, said_out_of_memory
 from train.optim import freeze, make_optimizer, set_lr
@@ -37,7 +35,7 @@ from train.prepare import prepare
 from train.report import SCENES_FILE, Reporter, read_lines
 from train.step import train_step
 from train.summary import describe_damage, describe_figures, describe_run, describe_start
-from train.validate import Validation, best_step, compared_plan, validate
+from train.validate import Validation, best_step, comparable, compared_plan, validate
 from vggt import VGGT, preset
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
@@ -67,13 +65,9 @@ def main() -> None:
         with start_world(tf32=config.tf32) as world:
             run(config, world, dry_run=arguments.dry_run)
     except (ValueError, OSError) as error:
-        # The first rank speaks for all: the others wait, for torchrun kills everyone as soon as one has exited.
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)
-        print(f"Error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        fail(error)
 
 
 def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
@@ -117,7 +111,7 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
         max_img_per_gpu=config.max_img_per_gpu,
         world_size=world.size,
     )
-    state = plan.start()
+    state, resumed = plan.start(), saved is not None
     if saved is not None:
         load_optimizer(optimizer, saved["optimizer"])
         state = DataState(saved["data"]["step"], tuple(saved["data"]["positions"]))
@@ -129,7 +123,9 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
             print(f"{about}\n{tried}")
         return
     out_dir.mkdir(parents=True, exist_ok=True)
-    reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=config.total_steps)
+    reporter = Reporter(
+        out_dir, is_main=world.is_main, first_step=state.step, total_steps=config.total_steps, resumed=resumed
+    )
     if state.step:
         reporter.say(f"resuming {out_dir} at step {state.step} of {config.total_steps}, its last checkpoint")
     if state.step >= config.total_steps:
@@ -195,7 +191,7 @@ class Run:
         )
         if is_validation_step(config, state.step):
             self.evaluate(state.step)
-            self.mark_best()
+            self.mark_best(state.step)
         window = Window()
         skipped = bad = tried = 0
         damaged: Counter[str] = Counter()  # frames of this rank, by file
@@ -243,7 +239,7 @@ class Run:
             if is_validation_step(config, step):
                 if self.evaluate(step) and not due:
                     self.save(raw["after"], stopped=False)
-                self.mark_best()
+                self.mark_best(step)
         if bad:
             reporter.say(f"{bad} of {tried} frames were damaged and replaced: {describe_damage(world.gather(damaged))}")
         return False
@@ -252,22 +248,27 @@ class Run:
         """Validate, unless it has been done; whether no validation before was as good."""
         config, world, split, reporter = self.config, self.world, self.val_split, self.reporter
         # A run that was killed in between has validated before, or has still to do so.
-        if split is None or world.from_main(lambda: reporter.has_validation(step)):
+        if split is None or world.from_main(lambda: reporter.has_validation(step, compared_plan(config))):
             return False
         result = validate(self.model, split, config, world, self.workers)
         reporter.scalars(step, config.data.val_split, result.means)
         reporter.scenes(step, compared_plan(config), result.names, result.by_scene)
         reporter.say(f"step {step}: {config.data.val_split} {describe_figures(result.means)}")
         publish_pictures(result, step, self.out_dir, reporter)
-        return world.from_main(lambda: self._best_step() == step)
+        return world.from_main(lambda: self._best_step(step) == step)
 
-    def _best_step(self) -> int | None:
-        return best_step(read_lines(self.out_dir / SCENES_FILE), self.config.checkpoint.best)
+    def _best_step(self, step: int) -> int | None:
+        """The best validation so far: of those with a checkpoint, the first and this one."""
+        lines = comparable(read_lines(self.out_dir / SCENES_FILE))
+        saved = {*steps_saved(self.out_dir / "checkpoints"), step}
+        return best_step(
+            [line for line in lines if line is lines[0] or line["step"] in saved], self.config.checkpoint.best
+        )
 
-    def mark_best(self) -> None:
+    def mark_best(self, step: int) -> None:
         """Point checkpoints/best at the checkpoint of the best validation so far."""
         if self.world.is_main:
-            mark_best(self.out_dir / "checkpoints", self._best_step(), self.config.checkpoint)
+            mark_best(self.out_dir / "checkpoints", self._best_step(step), self.config.checkpoint)
 
     def save(self, after: DataState, *, stopped: bool) -> None:
         """A checkpoint, from which the data goes on at `after`. Called by all ranks."""

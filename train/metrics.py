@@ -56,10 +56,11 @@ def _figures() -> dict[str, Figure]:
             label = f"{part} within {limit} degrees"
             found[f"{part}_acc_{limit}"] = Figure(label, "share of the pairs of views", pose, percent, True)
     unit = "in units of the scene's mean point distance"
+    labels = {"": "depth error", "_image": "depth error, scaled by image", "_raw": "depth error, unscaled"}
     scalings = {"": "after one scale a scene", "_image": "after one scale an image", "_raw": "as it is predicted"}
     for suffix, how in scalings.items():
         meaning = f"mean share of the true depth, {how}"
-        found[f"depth_abs_rel{suffix}"] = Figure("depth error", meaning, ("depth",), percent)
+        found[f"depth_abs_rel{suffix}"] = Figure(labels[suffix], meaning, ("depth",), percent)
         found[f"depth_rmse{suffix}"] = Figure("depth RMSE", f"{unit}, {how}", ("depth",))
         for i in (1, 2, 3):
             label = f"depth within {DELTA**i:.3g}x"
@@ -95,7 +96,9 @@ def scene_figures(predictions: dict[str, Any], batch: Batch) -> dict[str, float]
     if "depth" in predictions and has_truth:
         found |= depth_figures(predictions["depth"][..., 0].float(), batch["depth"], batch["mask"])
     if has_truth:
-        truth = transform_points(invert_se3(batch["extrinsics"]), unproject(batch["depth"], batch["intrinsics"]))
+        # In float64, also because GPUs may round products of float32 to 10 bits.
+        rays = unproject(batch["depth"].double(), batch["intrinsics"].double())
+        truth = transform_points(invert_se3(batch["extrinsics"].double()), rays).float()
         for source, points in predicted_points(predictions, height, width).items():
             errors = point_errors(points.flatten(1, 3), truth.flatten(1, 3), batch["mask"].flatten(1))
             found |= {f"{source}_{name}": value for name, value in errors.items()}
@@ -109,9 +112,9 @@ def predicted_points(predictions: dict[str, Any], height: int, width: int) -> di
     """World points [B, S, H, W, 3]: `points` of depth and cameras, `point_map` of the point head, as there are."""
     found = {}
     if "pose_enc" in predictions and "depth" in predictions:
-        extrinsics, intrinsics = decode_pose(predictions["pose_enc"].float(), height, width)
-        rays = unproject(predictions["depth"][..., 0].float(), intrinsics)
-        found["points"] = transform_points(invert_se3(extrinsics), rays)
+        extrinsics, intrinsics = decode_pose(predictions["pose_enc"].double(), height, width)
+        rays = unproject(predictions["depth"][..., 0].double(), intrinsics)
+        found["points"] = transform_points(invert_se3(extrinsics), rays).float()
     if "world_points" in predictions:
         found["point_map"] = predictions["world_points"].float()
     return found

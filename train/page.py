@@ -17,7 +17,7 @@ from train.bootstrap import is_finite
 from train.charts import Series, cumulative, line_chart
 from train.metrics import FIGURES, apply_similarity, umeyama
 from train.pictures import Cameras, SceneResult, scene_block
-from train.results import COLUMNS, cell, headline, in_short, remarks
+from train.results import COLUMNS, cell, headline, in_short, remarks, shown_columns
 from vggt.geometry import invert_se3, transform_points, unproject
 from vggt.scene import EDGES, camera_pyramids
 
@@ -49,9 +49,10 @@ def make_page(
         "charts": charts(results, curves),
         "shown": html.escape(shown),
         "scenes": "".join(scenes),
-        "clouds": json.dumps(clouds),
+        "clouds": json.dumps(clouds, allow_nan=False),
         "glossary": "".join(
-            f"<dt>{html.escape(FIGURES[n].label)}</dt><dd>{html.escape(FIGURES[n].meaning)}</dd>" for n in COLUMNS
+            f"<dt>{html.escape(FIGURES[n].label)}</dt><dd>{html.escape(FIGURES[n].meaning)}</dd>"
+            for n in shown_columns(results)
         ),
         "categories": category_table(results, shown),
     }
@@ -83,12 +84,13 @@ def _verdict(comparison: dict[str, Any]) -> str:
 
 def figure_table(results: dict[str, Any]) -> str:
     """Checkpoints, guesses and published figures, with their intervals as small print."""
-    rows = [_row("", [html.escape(title) for title in COLUMNS.values()], "titles")]
+    columns = shown_columns(results)
+    rows = [_row("", [html.escape(COLUMNS[name]) for name in columns], "titles")]
     for kind in ("checkpoints", "guesses"):
         for label, row in results[kind].items():
-            rows.append(_row(label, [_with_interval(name, row["figures"].get(name)) for name in COLUMNS], kind))
+            rows.append(_row(label, [_with_interval(name, row["figures"].get(name)) for name in columns], kind))
     for label, figures in results["reference"].items():
-        rows.append(_row(label, [cell(name, figures) for name in COLUMNS], "reference"))
+        rows.append(_row(label, [cell(name, figures) for name in columns], "reference"))
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -105,10 +107,11 @@ def _with_interval(name: str, estimate: dict[str, Any] | None) -> str:
 
 def category_table(results: dict[str, Any], shown: str) -> str:
     """The shown checkpoint's figures in each category."""
-    rows = [_row("", ["sequences", *map(html.escape, COLUMNS.values())], "titles")]
+    columns = shown_columns(results)
+    rows = [_row("", ["sequences", *(html.escape(COLUMNS[name]) for name in columns)], "titles")]
     for category, count in results["sequences"].items():
         means = results["checkpoints"][shown]["categories"].get(category, {})
-        rows.append(_row(category, [str(count), *(cell(name, means) for name in COLUMNS)]))
+        rows.append(_row(category, [str(count), *(cell(name, means) for name in columns)]))
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -120,7 +123,11 @@ def charts(results: dict[str, Any], curves: list[dict[str, Any]]) -> str:
             cumulative(label, values, dashed=kind == "guesses")
             for kind in ("checkpoints", "guesses")
             for label in results[kind]
-            if (values := [s[label][name] for s in results["scenes"] if is_finite(s[label].get(name))])
+            if (
+                values := [
+                    s["figures"][label][name] for s in results["scenes"] if is_finite(s["figures"][label].get(name))
+                ]
+            )
         ]
         unit = "degrees" if name.endswith("deg") else "share of the true depth"
         found.append(line_chart(f"{FIGURES[name].label}: share of scenes below", unit, series))
@@ -156,10 +163,12 @@ def cloud_data(scene: SceneResult) -> dict[str, Any]:
         layers.append(_cloud("true points", truth[scene.mask], colours[scene.mask]))
     layers.append(_lines("true cameras", scene.true_cameras, scene, [40, 160, 70]))
     cameras = scene.predicted_cameras
-    if cameras is not None and cameras.extrinsics.isfinite().all():
+    if cameras is not None and cameras.extrinsics.isfinite().all() and cameras.intrinsics.isfinite().all():
         points = None if scene.predicted is None else _points(scene.predicted, cameras)
         similarity = _alignment(scene, points, truth)
-        if points is not None and scene.confidence is not None and points.isfinite().all():
+        if not all(part.isfinite().all() for part in similarity):  # all cameras in one place
+            return {"layers": layers}
+        if points is not None and scene.confidence is not None and (points.sum() + scene.confidence.sum()).isfinite():
             moved = apply_similarity(*similarity, points.reshape(1, -1, 3)).reshape(points.shape)
             sure = (
                 scene.confidence

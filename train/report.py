@@ -23,7 +23,7 @@ SCENES_FILE = "validation.jsonl"  # the figures of each scene, a line a validati
 class Reporter:
     """Writes on the main rank, and does nothing on the others. A context manager."""
 
-    def __init__(self, out_dir: Path, *, is_main: bool, first_step: int, total_steps: int) -> None:
+    def __init__(self, out_dir: Path, *, is_main: bool, first_step: int, total_steps: int, resumed: bool) -> None:
         self.is_main, self.out_dir = is_main, out_dir
         self.console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
         self.live = is_main and sys.stdout.isatty()
@@ -32,7 +32,7 @@ class Reporter:
         if not is_main:
             return
         for name in (METRICS_FILE, SCENES_FILE):
-            _drop_after(out_dir / name, first_step)
+            _drop_after(out_dir / name, first_step if resumed else -1)  # not even the start is that of another run
         self._metrics = (out_dir / METRICS_FILE).open("a", encoding="utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # protobuf's, on import
@@ -66,9 +66,10 @@ class Reporter:
         """A line for people."""
         self.console.print(text, markup=False)
 
-    def has_validation(self, step: int) -> bool:
-        """Whether validation.jsonl, which is written last, has this step (on the main rank)."""
-        return self.is_main and any(line["step"] == step for line in read_lines(self.out_dir / SCENES_FILE))
+    def has_validation(self, step: int, plan: dict[str, Any]) -> bool:
+        """Whether validation.jsonl, which is written last, has this step and plan (on the main rank)."""
+        lines = read_lines(self.out_dir / SCENES_FILE) if self.is_main else []
+        return any((line["step"], line["plan"]) == (step, plan) for line in lines)
 
     def scalars(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and a TensorBoard point for each value."""
@@ -111,21 +112,20 @@ def finite_or_none(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of one a line; none if there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The objects in a file of one a line, but for lines that a kill has cut off; none if there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def _drop_after(path: Path, step: int) -> None:
     """Forget the lines of steps that a resumed run takes again."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        lines = [line for line in read_lines(path) if line["step"] <= step]
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         temporary.replace(path)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
-        return float("inf")

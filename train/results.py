@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
-from train.bootstrap import estimate, paired
+from train.bootstrap import MIN_SCENES, estimate, group_mean, paired
 from train.metrics import FIGURES
 from train.protocol import Chosen, Protocol
 from train.report import finite_or_none
@@ -21,6 +22,7 @@ REFERENCES: dict[bool, dict[str, float]] = {  # by Protocol.fast
     True: {"auc_30": 0.8998, "auc_15": 0.8389, "auc_5": 0.6745, "auc_3": 0.5665},
 }
 REFERENCE = "published VGGT-1B"
+PUBLISHED_CATEGORIES = 41
 COLUMNS = {
     "auc_30": "AUC@30",
     "auc_15": "AUC@15",
@@ -31,8 +33,16 @@ COLUMNS = {
     "depth_abs_rel": "depth error",
     "depth_delta_1": "depth < 1.25",
     "points_chamfer": "chamfer",
+    "point_map_chamfer": "chamfer (point head)",
 }
-JUDGED = ("auc_30", "rotation_deg", "translation_deg", "depth_abs_rel", "points_chamfer")  # in words
+JUDGED = (
+    "auc_30",
+    "rotation_deg",
+    "translation_deg",
+    "depth_abs_rel",
+    "points_chamfer",
+    "point_map_chamfer",
+)  # in words
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,24 @@ class Evaluation:
 
 
 def make_results(
-    chosen: Sequence[Chosen], protocol: Protocol, checkpoints: list[Evaluation], guesses: list[Evaluation]
+    chosen: Sequence[Chosen],
+    protocol: Protocol,
+    checkpoints: list[Evaluation],
+    guesses: list[Evaluation],
+    unusable: list[str],
 ) -> dict[str, Any]:
-    """Everything that is told of an evaluation. The first checkpoint is what the others are compared with."""
+    """Everything that is told of an evaluation. The first checkpoint is what the others are compared with.
+
+    unusable: scenes of which no frame could be read.
+    """
     categories = [scene.category for scene in chosen]
     comparisons = [comparison(checkpoints[0], other, name, categories) for other in checkpoints[1:] for name in JUDGED]
+    rivals = {name: best_guess(guesses, name, categories) for name in JUDGED}
     against = [
         comparison(guess, checkpoint, name, categories)
         for checkpoint in checkpoints
-        for name in JUDGED
-        if (guess := best_guess(guesses, name, categories)) is not None
+        for name, guess in rivals.items()
+        if guess is not None
     ]
     return {
         "protocol": asdict(protocol) | {"deviations": protocol.deviations},
@@ -61,16 +79,20 @@ def make_results(
         "without_depth": [
             f"{scene.category}/{scene.name}"
             for scene, figures in zip(chosen, guesses[-1].by_scene, strict=True)
-            if not figures
+            if not figures and f"{scene.category}/{scene.name}" not in unusable
         ],
+        "unusable": unusable,
         "checkpoints": {e.label: describe(e, chosen) for e in checkpoints},
         "guesses": {e.label: describe(e, chosen) for e in guesses},
         "reference": {REFERENCE: REFERENCES[protocol.fast]},
         "comparisons": [c for c in comparisons if c],
         "against_guessing": [c for c in against if c],
         "scenes": [
-            {"scene": f"{scene.category}/{scene.name}", "frames": list(scene.step.scenes[0].frames)}
-            | {e.label: e.by_scene[i] for e in (*checkpoints, *guesses)}
+            {
+                "scene": f"{scene.category}/{scene.name}",
+                "frames": list(scene.step.scenes[0].frames),
+                "figures": {e.label: e.by_scene[i] for e in (*checkpoints, *guesses)},
+            }
             for i, scene in enumerate(chosen)
         ],
     }
@@ -103,9 +125,9 @@ def best_guess(guesses: list[Evaluation], name: str, categories: list[str]) -> E
     sign = -1 if FIGURES[name].higher_is_better else 1
     having = []
     for guess in guesses:
-        same = paired(guess.by_scene, guess.by_scene, name, categories)
-        if same is not None:
-            having.append((sign * same[0], guess))
+        values = [(figures[name], c) for figures, c in zip(guess.by_scene, categories, strict=True) if name in figures]
+        if values:
+            having.append((sign * group_mean(*zip(*values, strict=True)), guess))
     return min(having, key=lambda pair: pair[0])[1] if having else None
 
 
@@ -142,6 +164,14 @@ def remarks(results: dict[str, Any]) -> list[str]:
     if results["protocol"]["deviations"]:
         what = "; ".join(results["protocol"]["deviations"])
         found.append(f"Not the published protocol ({what}): do not compare with published figures.")
+    elif len(results["sequences"]) != PUBLISHED_CATEGORIES:
+        found.append(
+            f"The published figures are over {PUBLISHED_CATEGORIES} categories of Co3D, these over "
+            f"{len(results['sequences'])}: they are not quite comparable."
+        )
+    if results.get("unusable"):
+        names = _few(results["unusable"])
+        found.append(f"{len(results['unusable'])} sequences without usable frames are left out: {names}.")
     if results["without_depth"]:
         count, names = len(results["without_depth"]), _few(results["without_depth"])
         found.append(f"{count} scenes without true depth count for cameras only: {names}.")
@@ -157,8 +187,8 @@ def remarks(results: dict[str, Any]) -> list[str]:
             found.append(f"{label}: has no {' and no '.join(sorted(lacking))} head, so none of its figures.")
     if results.get("damaged"):
         found.append(f"Damaged frames were replaced by others: {results['damaged']}.")
-    if sum(results["sequences"].values()) < 5:
-        found.append("Fewer than 5 sequences: no interval can be given, and little can be concluded.")
+    if sum(results["sequences"].values()) < MIN_SCENES:
+        found.append(f"Fewer than {MIN_SCENES} sequences: no interval can be given, and little can be concluded.")
     return found
 
 
@@ -195,16 +225,20 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def table(results: dict[str, Any]) -> Table:
     """A row a figure; checkpoints, the best guess and the published figures as columns."""
     checkpoints = results["checkpoints"]
-    shown = Table("", *checkpoints, "best guess", REFERENCE)
-    for name, title in COLUMNS.items():
+    shown = Table("", *map(escape, checkpoints), "best guess", REFERENCE)
+    for name in shown_columns(results):
         columns = [_means(row) for row in checkpoints.values()]
         guesses = [_means(row) for row in results["guesses"].values() if name in row["figures"]]
         best = max if FIGURES[name].higher_is_better else min
         columns.append(best(guesses, key=lambda means: means[name]) if guesses else {})
         columns.append(results["reference"][REFERENCE])
-        if any(name in means for means in columns[: len(checkpoints)]):
-            shown.add_row(title, *(cell(name, means) for means in columns))
+        shown.add_row(COLUMNS[name], *(cell(name, means) for means in columns))
     return shown
+
+
+def shown_columns(results: dict[str, Any]) -> list[str]:
+    """Those of COLUMNS that a checkpoint has."""
+    return [name for name in COLUMNS if any(name in row["figures"] for row in results["checkpoints"].values())]
 
 
 def _means(row: dict[str, Any]) -> dict[str, float]:

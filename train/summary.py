@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.bootstrap import Estimate, paired
-from train.checkpoint import BEST
+from train.checkpoint import BEST, step_file
 from train.config import TrainConfig
 from train.distributed import World
 from train.loader import Split
@@ -129,13 +129,13 @@ def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Pa
     text.append(_verdict(signs))
     if any(None in scene.values() for scene in last["scenes"]):
         text.append("Some of the last predictions or losses are not finite: look at the log above.")
-    best = best_step(validations, config.checkpoint.best)
-    if best == first["step"]:
+    best, link = best_step(validations, config.checkpoint.best), out_dir / "checkpoints" / BEST
+    if best == first["step"] == 0:
         text.append(
             f"By {config.checkpoint.best}, no validation was better than the first: keep what you started from."
         )
-    elif best is not None and best != last["step"]:
-        text.append(f"By {config.checkpoint.best}, step {best} was the best: {out_dir}/checkpoints/{BEST}")
+    elif best is not None and best != last["step"] and link.resolve() == step_file(link.parent, best).resolve():
+        text.append(f"By {config.checkpoint.best}, step {best} was the best: {link}")
     return text
 
 
