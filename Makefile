@@ -26,7 +26,7 @@ help:
 	@echo "make setup       only create .venv and install into it"
 	@echo "make test        all tests but the slow ones;  make test-slow: those;  make check: lint and types"
 	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
-	@echo "make proof       that it learns: rendered scenes it has not seen, and one scene by heart: under half an hour"
+	@echo "make proof       that it learns: rendered scenes it has not seen, and one scene by heart: under 20 minutes"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"

@@ -41,14 +41,26 @@ def test_make_finetune_renders_packs_trains_and_tells(checkout):
     done = make(checkout, "finetune")
     assert done.returncode == 0, done.stderr
     run = checkout / "runs" / "demo"
-    for name in ("checkpoints/latest", "config.yaml", "contact_sheet.png", "metrics.jsonl", "tensorboard"):
+    for name in (
+        "checkpoints/latest",
+        "checkpoints/best",
+        "config.yaml",
+        "contact_sheet.png",
+        "metrics.jsonl",
+        "tensorboard",
+    ):
         assert (run / name).exists(), name
     tested = [line for line in figures(run) if line["split"] == "test"]
     trained = [line for line in figures(run) if line["split"] == "train"]
     assert trained[-1]["loss_objective"] < 0.6 * trained[0]["loss_objective"]
     assert tested[-1]["loss_objective"] < 0.6 * tested[0]["loss_objective"]
     assert tested[-1]["depth_abs_rel"] < 0.8 * tested[0]["depth_abs_rel"]
-    assert "for scenes it has not seen" in done.stdout
+    assert "better beyond the noise" in done.stdout
+
+    evaluated = make(checkout, "eval")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "its depth is better than guessing" in evaluated.stdout
+    assert (run / "eval" / "report.html").exists()
 
     again = make(checkout, "finetune")
     assert again.returncode == 0

@@ -330,9 +330,10 @@ def test_too_many_damaged_frames_stop_the_run_and_few_are_reported(shard_dir, tm
 def test_another_run_in_the_same_place_is_refused(shard_dir, whole_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole_run[0], out, symlinks=True)
-    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=9", "steps_per_epoch=4", "optim.lr=0.5")
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=9", "steps_per_epoch=4", "optim.lr=0.5", "seed=3")
     assert done.returncode == 1
-    assert "was trained with optim.lr=0.001, now it is 0.5; give another out_dir" in done.stderr
+    words = "was trained with seed=0, optim.lr=0.001, now it is seed=3, optim.lr=0.5; give another out_dir"
+    assert words in done.stderr
 
 
 @pytest.mark.dist
