@@ -76,9 +76,10 @@ class Page:
 
     def _receive(self, timeout=60):
         end = time.monotonic() + timeout
+        poll = select.poll()  # select itself takes no numbers over 1,023
+        poll.register(self._in, select.POLLIN)
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._in], [], [], max(0, end - time.monotonic()))
-            assert ready, "the browser does not answer"
+            assert poll.poll(1000 * max(0, end - time.monotonic())), "the browser does not answer"
             self._buffer += os.read(self._in, 1 << 20)
         message, _, self._buffer = self._buffer.partition(b"\0")
         found = json.loads(message)
