@@ -52,7 +52,8 @@ def estimate(values: Sequence[float], groups: Sequence[str] | None = None) -> Es
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(np.float64)
     low, high = np.quantile(_means(times, x, member), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     widen = np.sqrt(n / (n - 1)) * _student_over_normal(n - 1)
-    return Estimate(mean, n, float(mean + (low - mean) * widen), float(mean + (high - mean) * widen))
+    low, high = np.clip(mean + (np.array([low, high]) - mean) * widen, x.min(), x.max())  # a mean lies among its values
+    return Estimate(mean, n, float(low), float(high))
 
 
 def _by_group(values: Sequence[float], groups: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:

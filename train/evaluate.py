@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=10, help="of a sequence (the protocol's: 10)")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="(the protocol's: test)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--width", type=int, help="pixels of the images (default: as the first checkpoint was trained)")
+    parser.add_argument("--width", type=int, help="pixels of the images (default: as a run's checkpoint was trained)")
     parser.add_argument("--precision", choices=get_args(Precision), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--workers", type=int, help="loader processes a rank (default: one for each core that is left)")
     return parser.parse_args()
@@ -84,14 +84,14 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     if len(set(labels)) < len(labels):
         raise ValueError(f"--checkpoint: one is given twice: {', '.join(labels)}")
     shard_set = shards.open(arguments.shards)
-    model, trained_width = load_model(labels[0])
+    model = load_model(labels[0])
     protocol = Protocol(
         split=arguments.split,
         min_frames=arguments.min_frames,
         views=arguments.views,
         fast=arguments.protocol.endswith("fast"),
         seed=arguments.seed,
-        width=arguments.width or trained_width,
+        width=arguments.width or trained_width(labels) or model.config.image_size,
     )
     job = Job(
         split=Split([shard_set], protocol.split),
@@ -104,7 +104,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     checkpoints, guesses, heads, damaged = [], [], {}, Counter[str]()
     for label in labels:
         if label != labels[0]:
-            model, _ = load_model(label)
+            model = load_model(label)
         model.to(world.device)
         figures, guessed, bad = job.evaluate(model)
         checkpoints.append(Evaluation(label, figures))
@@ -122,8 +122,8 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     publish(results, gallery, labels[-1], arguments.out)
 
 
-def load_model(source: str) -> tuple[VGGT, int]:
-    """The model of a checkpoint with the heads it has, and the width of the images it was trained on.
+def load_model(source: str) -> VGGT:
+    """The model of a checkpoint, with those of the heads that can be evaluated that it has.
 
     Raises ValueError if there is no readable checkpoint, or nothing in it that could be evaluated.
     """
@@ -138,9 +138,13 @@ def load_model(source: str) -> tuple[VGGT, int]:
     with torch.device("meta"):
         model = VGGT(config)
     fill(model, state, source)
-    run = run_of(source)
-    width = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["width"] if run else None
-    return model.eval(), width or config.image_size
+    return model.eval()
+
+
+def trained_width(sources: list[str]) -> int | None:
+    """The width of the images that the first of these checkpoints that is of a run was trained on; None: none is."""
+    run = next(filter(None, map(run_of, sources)), None)
+    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["width"] if run else None
 
 
 def run_of(source: str) -> Path | None:

@@ -66,8 +66,8 @@ def choose(shard_set: ShardSet, protocol: Protocol) -> list[Chosen]:
     if not long_enough:
         raise ValueError(
             f"{shard_set}: no sequence of the {protocol.split} split has {protocol.min_frames} frames, as the protocol "
-            f"asks for; the longest has {int(rows['count'].max())}: give --min-frames, and the figures are not "
-            "comparable with published ones"
+            f"asks for; the longest has {int(rows['count'].max())}: give --min-frames {int(rows['count'].max())} or "
+            "less, and the figures are not comparable with published ones"
         )
     if protocol.fast:
         long_enough = _some_of_each_category(rows, long_enough, protocol.seed)

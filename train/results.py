@@ -29,6 +29,7 @@ COLUMNS = {
     "auc_5": "AUC@5",
     "auc_3": "AUC@3",
     "rotation_deg": "rotation",
+    "translation_deg": "direction",
     "fov_deg": "field of view",
     "depth_abs_rel": "depth error",
     "depth_delta_1": "depth < 1.25",
@@ -84,7 +85,7 @@ def make_results(
         "unusable": unusable,
         "checkpoints": {e.label: describe(e, chosen) for e in checkpoints},
         "guesses": {e.label: describe(e, chosen) for e in guesses},
-        "reference": {REFERENCE: REFERENCES[protocol.fast]},
+        "reference": {} if protocol.deviations else {REFERENCE: REFERENCES[protocol.fast]},
         "comparisons": [c for c in comparisons if c],
         "against_guessing": [c for c in against if c],
         "scenes": [
@@ -195,14 +196,15 @@ def remarks(results: dict[str, Any]) -> list[str]:
 def in_short(results: dict[str, Any], label: str) -> str:
     """A checkpoint's cameras and depth against guessing, and against the first checkpoint, in a sentence or two."""
     sentences = []
-    words = {1: "better than", 0: "not told apart from", -1: "worse than"}
+    words = {1: "better than", 0: "not told apart from", -1: "worse than", None: "not to be judged against"}
     for key, other in (("against_guessing", "guessing"), ("comparisons", next(iter(results["checkpoints"])))):
-        gains = {c["figure"]: c["gain"] for c in results[key] if c["after"] == label}
-        parts = [
-            f"{what} {'are' if what == 'cameras' else 'is'} {words[gains[figure]]} {other}"
-            for what, figure in (("cameras", "auc_30"), ("depth", "depth_abs_rel"))
-            if figure in gains
-        ]
+        found = {c["figure"]: c for c in results[key] if c["after"] == label}
+        parts = []
+        for what, name in (("cameras are", "auc_30"), ("depth is", "depth_abs_rel")):
+            if name in found:
+                gain = None if found[name]["change"]["low"] is None else found[name]["gain"]
+                before, after = (FIGURES[name].form.format(mean) for mean in found[name]["means"])
+                parts.append(f"{what} {words[gain]} {other} ({FIGURES[name].label} {after} against {before})")
         if parts:
             sentences.append(f"Its {', its '.join(parts)}.")
     return " ".join(sentences)
@@ -225,13 +227,15 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def table(results: dict[str, Any]) -> Table:
     """A row a figure; checkpoints, the best guess and the published figures as columns."""
     checkpoints = results["checkpoints"]
-    shown = Table("", *map(escape, checkpoints), "best guess", REFERENCE)
+    shown = Table("")
+    for label in (*checkpoints, "best guess", *results["reference"]):
+        shown.add_column(escape(label), overflow="fold")
     for name in shown_columns(results):
         columns = [_means(row) for row in checkpoints.values()]
         guesses = [_means(row) for row in results["guesses"].values() if name in row["figures"]]
         best = max if FIGURES[name].higher_is_better else min
         columns.append(best(guesses, key=lambda means: means[name]) if guesses else {})
-        columns.append(results["reference"][REFERENCE])
+        columns += results["reference"].values()
         shown.add_row(COLUMNS[name], *(cell(name, means) for means in columns))
     return shown
 
