@@ -13,8 +13,18 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CONFIG := train/configs/$(if $(INIT),default,demo).yaml
 DEMO   := data/demo
-IS_DEMO = $(filter $(CURDIR)/$(DEMO)/shards,$(shell readlink "$(SHARDS)"))
-TRAINED = $(firstword $(wildcard runs/$(RUN)/checkpoints/best) runs/$(RUN)/checkpoints/latest)
+
+# Names may hold spaces and signs that the shell knows: it gets them as variables of its own, always between quotes.
+# (Not so the tests, which run make themselves.)
+SHARDS_GIVEN := $(filter-out file,$(origin SHARDS))
+USERS := shards finetune eval proof clean
+$(USERS): export CO3D_DIR := $(CO3D_DIR)
+$(USERS): export CO3D_ANNOTATION_DIR := $(CO3D_ANNOTATION_DIR)
+$(USERS): export SHARDS := $(SHARDS)
+$(USERS): export INIT := $(INIT)
+$(USERS): export RUN := $(RUN)
+# Whether SHARDS is the link to the demo's shards, which lie elsewhere.
+IS_DEMO = [ "$$(readlink "$$SHARDS")" = "$$(pwd -P)/$(DEMO)/shards" ]
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards finetune eval test test-slow check bench proof clean
@@ -53,29 +63,30 @@ setup: .venv/installed
 
 shards: setup
 ifneq ($(CO3D_DIR),)
-	@# The demo's shards lie elsewhere and are only linked here: make room.
-	@if [ -n "$(IS_DEMO)" ]; then rm "$(SHARDS)"; fi
-	@$(BIN)/vggt-prep pack --co3d-dir "$(CO3D_DIR)" --out "$(SHARDS)" \
-	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$(CO3D_ANNOTATION_DIR)")
+	@if $(IS_DEMO); then rm "$$SHARDS"; fi
+	@$(BIN)/vggt-prep pack --co3d-dir "$$CO3D_DIR" --out "$$SHARDS" \
+	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$$CO3D_ANNOTATION_DIR")
 else
-	@if [ -e "$(SHARDS)/dataset.json" ]; then echo "$(SHARDS) is there: using it"; \
-	elif [ "$(origin SHARDS)" != file ] || [ -d "$(SHARDS)" ]; then \
-	  echo "$(SHARDS): no finished shard set; pack one with CO3D_DIR=... CO3D_ANNOTATION_DIR=..."; exit 2; \
+	@case "$$SHARDS" in "~/"*) SHARDS="$$HOME/$${SHARDS#??}";; esac; \
+	if [ -e "$$SHARDS/dataset.json" ]; then echo "$$SHARDS is there: using it"; \
+	elif [ -n "$(SHARDS_GIVEN)" ] || [ -d "$$SHARDS" ]; then \
+	  echo "$$SHARDS: no finished shard set; pack one with CO3D_DIR=... CO3D_ANNOTATION_DIR=..."; exit 2; \
 	else \
 	  $(BIN)/vggt-prep synth --out $(DEMO)/captures && \
 	  $(BIN)/vggt-prep pack --co3d-dir $(DEMO)/captures/co3d --annotation-dir $(DEMO)/captures/annotations \
 	    --out $(DEMO)/shards && \
-	  ln -sfn "$(CURDIR)/$(DEMO)/shards" "$(SHARDS)"; fi
+	  ln -sfn "$$(pwd -P)/$(DEMO)/shards" "$$SHARDS"; fi
 endif
 
 finetune: shards
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train/main.py --config $(CONFIG) \
-	  data.shards="$(SHARDS)" out_dir="runs/$(RUN)" $(if $(INIT),init="$(INIT)") $(ARGS)
+	  data.shards="$$SHARDS" out_dir="runs/$$RUN" $(if $(INIT),init="$$INIT") $(ARGS)
 
 eval: shards
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m train.evaluate --shards "$(SHARDS)" \
-	  $(if $(INIT),--checkpoint "$(INIT)") --checkpoint "$(TRAINED)" --out "runs/$(RUN)/eval" \
-	  $(if $(IS_DEMO),--min-frames 24) $(ARGS)
+	@if $(IS_DEMO); then set -- --min-frames 24; fi; \
+	trained="runs/$$RUN/checkpoints/best"; [ -e "$$trained" ] || trained="runs/$$RUN/checkpoints/latest"; \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m train.evaluate --shards "$$SHARDS" \
+	  $(if $(INIT),--checkpoint "$$INIT") --checkpoint "$$trained" --out "runs/$$RUN/eval" "$$@" $(ARGS)
 
 test: .venv/installed-dev
 	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -97,8 +108,8 @@ bench: setup
 
 proof: shards
 	@$(BIN)/python bench/proof.py heldout --out data/proof
-	@$(BIN)/python bench/proof.py overfit --shards "$(SHARDS)"
+	@$(BIN)/python bench/proof.py overfit --shards "$$SHARDS"
 
 clean:
-	@if [ -n "$(IS_DEMO)" ]; then rm "$(SHARDS)"; fi
+	@if $(IS_DEMO); then rm "$$SHARDS"; fi
 	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

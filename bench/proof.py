@@ -141,7 +141,7 @@ def learn_by_heart(model: VGGT, batch: dict[str, torch.Tensor], config: TrainCon
     began = time.monotonic()
     for step in range(config.total_steps):
         set_lr(optimizer, config.optim, step, config.total_steps)
-        outcome = train_step(model.train(), optimizer, batch, config, world, stop=False, bad=0, tried=0)
+        outcome = train_step(model.train(), optimizer, batch, config, world)
         if (step + 1) % 50 == 0 or step + 1 == config.total_steps:
             with torch.no_grad():
                 figures = scene_figures(model.eval()(batch["images"]), batch)

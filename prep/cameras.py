@@ -71,9 +71,12 @@ def read_camera(entry: Any) -> OpenCVCamera | PyTorch3DCamera:
 
 def _array(entry: dict[str, Any], key: str, *shape: int) -> np.ndarray:
     try:
-        array = np.array(entry[key], dtype=np.float64)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        array = np.array(entry[key])
+    except (KeyError, ValueError) as error:  # lists of different lengths
         raise ValueError(f"annotation without {key}") from error
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"annotation whose {key} is not of numbers")
+    array = array.astype(np.float64)
     if array.shape != shape:
         raise ValueError(f"annotation whose {key} is not {'x'.join(map(str, shape))}")
     return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ from prep.pack import PackOptions, PackResult, ShardDone, pack, read_report
 from prep.synth import SynthOptions, synth
 from shards.schema import REPORT_FILE, SPLITS
 
-console = Console(highlight=False)
+SHOWN_DOUBTS = 5  # sequences
+console = Console(highlight=False, markup=False, emoji=False)  # names are printed as they are
 
 
 class Stopped(click.ClickException):
@@ -66,11 +68,11 @@ class LocalPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if "://" in str(value):
             self.fail(f"{value}: expected a place on this machine; sets can be copied elsewhere and read there")
-        return super().convert(value, param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class Share(click.FloatRange):
-    """A number from 0 to 1, for which NaN would pass."""
+    """A number from 0 to 1. Click lets NaN pass, which is neither below nor above a limit."""
 
     def __init__(self, **limits: Any) -> None:
         super().__init__(0, 1, **limits)
@@ -84,7 +86,7 @@ class Share(click.FloatRange):
 def progress_bar(unit: str, *columns: str) -> Iterator[Progress]:
     """A bar that appears when it is started, and is gone from the terminal's care at the end, error or not."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
@@ -151,6 +153,7 @@ def main() -> None:
 @click.option("--shard-frames", type=click.IntRange(1), default=500, show_default=True, help="Fill a shard up to this.")
 @click.option("--max-bad", type=Share(), default=0.02, show_default=True, help="Most bad frames, as a share.")
 @workers_option
+@click.option("--allow-shared-frames", is_flag=True, help="Let frames be in both splits.")
 @click.option("--scheduler", help="Of a Dask cluster, tcp://host:port; its workers must see both directories.")
 def pack_command(
     co3d_dir: Path,
@@ -167,12 +170,14 @@ def pack_command(
     quality: int,
     min_frames: int,
     shard_frames: int,
+    allow_shared_frames: bool,
 ) -> None:
     """Pack Co3D frames, depths and cameras into tar shards with an index.
 
     With --annotation-dir the cameras are those of VGGT's annotation files, without it those that come with Co3D; then
     --set-list says what is for training and what for testing. Sequences that are annotated but not there are skipped,
-    so a part of the download is enough.
+    so a part of the download is enough. A camera's rotation may be off by 0.001, as rounded text is; the nearest one is
+    stored, and the middle of a sequence's cameras becomes its origin.
 
     Interrupted, the same command goes on where it was. Of a finished set it makes the tars again that are missing: to
     mend one that vggt-prep verify finds damaged, or to take in frames that were bad, remove the tar first.
@@ -196,7 +201,16 @@ def pack_command(
         else:
             source = Co3D(co3d_dir, annotation_dir, *chosen)
         with progress_bar("frames", "{task.fields[made]}") as bar:
-            result = pack(source, out, options, executor, max_bad=max_bad, parallel=parallel, **shown(bar))
+            result = pack(
+                source,
+                out,
+                options,
+                executor,
+                max_bad=max_bad,
+                parallel=parallel,
+                allow_shared_frames=allow_shared_frames,
+                **shown(bar),
+            )
     print_pack(out, result)
 
 
@@ -246,7 +260,16 @@ def print_pack(out: Path, result: PackResult) -> None:
         click.echo(f"{counted(len(result.short), 'sequence')} left out: too few usable frames (see --min-frames)")
     for reason, count in result.reasons.most_common():
         click.echo(f"{counted(count, 'frame')} left out: {reason}")
-    if result.bad or result.short:
+    for place, doubt in result.doubtful[:SHOWN_DOUBTS]:
+        click.echo(f"DOUBTFUL: {place}: {doubt}")
+    if len(result.doubtful) > SHOWN_DOUBTS:
+        click.echo(f"DOUBTFUL: {len(result.doubtful) - SHOWN_DOUBTS:,} more sequences")
+    if result.in_both:
+        click.echo(
+            f"{counted(result.in_both, 'sequence')} of the test split are also trained on (other frames of them): what "
+            "is measured there holds for places that were seen"
+        )
+    if result.bad or result.short or result.doubtful:
         click.echo(f"each is listed in {out / REPORT_FILE}")
     if read_report(out) is None:
         click.echo(f"{out / REPORT_FILE} is gone or damaged: what was left out is not known")
@@ -271,7 +294,8 @@ def synth_command(out: Path, scenes: int, frames: int, seed: int, workers: int) 
         made = synth(out, options, pool, on_scene=lambda: bar.advance(task))
         bar.update(task, completed=scenes)
     done = f"{scenes} scenes of {frames} frames" + ("" if made else ", rendered before")
-    click.echo(f"{out}: {done}; pack them with --co3d-dir {out}/co3d --annotation-dir {out}/annotations")
+    source = shlex.join(["--co3d-dir", f"{out}/co3d", "--annotation-dir", f"{out}/annotations"])
+    click.echo(f"{out}: {done}; pack them with {source}")
 
 
 @main.command("info")

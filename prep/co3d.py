@@ -25,12 +25,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prep.cameras import read_camera
+from prep.layouts import recognized
 from prep.source import Frame, Sequence
 from shards.index import sha256
 from shards.schema import SPLITS
 
 ANNOTATION_NAME = re.compile(r"(?P<category>.+)_(?P<split>train|test)\.jgz")
 FRAME_FILE, SEQUENCE_FILE, SET_LISTS = "frame_annotations.jgz", "sequence_annotations.jgz", "set_lists"
+SCALE_RANGE = (1e-10, 1e10)  # of scale_adjustment
 NO_FOLDER = "no such folder"
 OFFICIAL_SPLITS = {"train": ("train",), "test": ("val", "test")}
 
@@ -187,8 +189,8 @@ class OfficialCo3D:
             for key, folder in (("path", "depths"), ("mask_path", "depth_masks"))
         }
         scale = depth.get("scale_adjustment")
-        if scale is not None and (not isinstance(scale, int | float) or not 0 < scale < 1e30):
-            raise ValueError("annotation whose scale_adjustment is not a positive number")
+        if scale is not None and (not isinstance(scale, int | float) or not SCALE_RANGE[0] < scale < SCALE_RANGE[1]):
+            raise ValueError("annotation whose scale_adjustment is not a positive number of a usual size")
         return Frame(
             name=path.stem,
             path=str(path),
@@ -272,6 +274,12 @@ def _inside(category: str, sequence: str, folder: str, path: Any) -> PurePosixPa
 def _check_folder(option: str, path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"{option} {path}: no such directory")
+    what = recognized(path)
+    if what is not None:
+        raise ValueError(
+            f"{option} {path}: looks like {what}; so far vggt-prep packs Co3D's layout only, in which captures of your "
+            "own can be written: see README, Expected on disk"
+        )
 
 
 def _check_categories(wanted: tuple[str, ...] | None, annotated: set[str], where: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,25 +11,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
 import shards
-from prep.frames import BadFrameError, FrameOptions, pack_frame
+from prep.frames import BadFrameError, FrameOptions, PackedFrame, pack_frame
+from prep.sequences import doubtful_lengths, recentered
 from prep.source import Sequence, Source
 from shards.index import TarIndex, index_file, read_dataset, sha256, write_index
-from shards.schema import DATASET_FILE, DEPTH, JPEG, META, REPORT_FILE, WORK_FOLDER, member_key
+from shards.locks import locked
+from shards.schema import DATASET_FILE, DEPTH, JPEG, META, REPORT_FILE, SPLITS, WORK_FOLDER, member_key
 from shards.writer import write_json, write_tar
 
 JOB_FILE = "job.json"
 PATIENCE = 90  # seconds
-LOCK_FILE = "lock"
-NOTHING_LEFT_OUT = {"bad": [], "short": []}
+ShardReport = dict[str, list[Any]]  # bad, short and doubtful, as in PackResult
+NOTHING_TO_REPORT: ShardReport = {"bad": [], "short": [], "doubtful": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +54,27 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Former:
-    """What a finished set says of a shard: its tar, and what was left out of it as in PackResult."""
+    """What a finished set says of a shard: its tar, and what its report says."""
 
     sha256: str | None  # None: nothing was left to be packed
-    bad: list[tuple[str, str, str]]
-    short: list[tuple[str, int]]
+    report: ShardReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackResult:
-    """What a pack did. skipped: reason -> sequences that the source did not give.
+    """What a pack did. skipped: reason -> sequences that the source did not give; in_both: sequences of both splits.
 
-    bad: (path, reason, detail); short: (split/category/sequence, usable frames).
+    bad: (path, reason, detail); short: (split/category/sequence, usable frames); doubtful: (the same, why).
     """
 
     splits: dict[str, dict[str, int]]
     bytes: int
     without_depth: int
     skipped: dict[str, int]
+    in_both: int
     bad: list[tuple[str, str, str]]
     short: list[tuple[str, int]]
+    doubtful: list[tuple[str, str]]
 
     @property
     def reasons(self) -> Counter[str]:
@@ -103,6 +105,7 @@ def pack(
     *,
     max_bad: float,
     parallel: int,
+    allow_shared_frames: bool = False,
     on_plan: Callable[[int, int], None] = lambda frames, kept: None,
     on_shard: Callable[[ShardDone], None] = lambda done: None,
 ) -> PackResult:
@@ -110,9 +113,10 @@ def pack(
 
     parallel: shards that the executor makes at once. on_plan is told the number of frames in all and of those in
     shards that are there already, on_shard each further shard as it is finished. Raises PackError if `out` holds
-    something else, nothing can be packed, or more than the share max_bad of the frames is bad.
+    something else, nothing can be packed, more than the share max_bad of the frames is bad, or, unless that is allowed,
+    a frame is to train and to test on.
     """
-    plan = [_planned(job) for job in _jobs(source, options)]
+    plan, in_both = _plan(source, options, allow_shared_frames)
     total = sum(entry.frames for entry in plan)
     if not total:
         reasons = "".join(f"; {count} annotated sequences skipped: {why}" for why, count in source.skipped.items())
@@ -126,9 +130,9 @@ def pack(
     if _is_whole(out) and not (work / JOB_FILE).exists():  # where there is a job, another pack may be at work
         shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
         on_plan(total, total)
-        return _result(out, source.skipped)
+        return _result(out, source, in_both)
     work.mkdir(parents=True, exist_ok=True)
-    with _alone(work):
+    with locked(work, f"{out}: another pack is at work there"):
         has_job = (work / JOB_FILE).exists()  # without, all that is there was left by a kill in _clear
         for leftover in [*out.glob("*.tmp"), *work.glob("*.tmp" if has_job else "*.*")]:
             leftover.unlink()
@@ -139,7 +143,7 @@ def pack(
         missing = _missing_jobs(source, out, options, plan, kept, _formers(out, most_bad))
         _run(missing, out, options, executor, parallel, on_shard, most_bad - sum(kept.values()))
         _finish(out, job, [entry.name for entry in plan], most_bad)
-    return _result(out, source.skipped)
+    return _result(out, source, in_both)
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,32 @@ class Planned:
     @property
     def frames(self) -> int:
         return sum(count for _, _, count, _ in self.sequences)
+
+
+def _plan(source: Source, options: PackOptions, allow_shared_frames: bool) -> tuple[list[Planned], int]:
+    """The shards to make, and how many sequences are both to train and to test on (source: train comes first).
+
+    Raises PackError if that is true of frames, unless it is allowed.
+    """
+    plan, in_both = [], 0
+    trained: dict[tuple[str, str], np.ndarray] = {}  # hashes of their frames' paths: a large dataset has millions
+    for job in _jobs(source, options):
+        plan.append(_planned(job))
+        for sequence in job.sequences:
+            key, paths = (sequence.category, sequence.name), [frame.path for frame in sequence.frames]
+            hashes = np.array([hash(path) for path in paths], np.int64)
+            if sequence.split == SPLITS[0]:
+                trained[key] = hashes
+            elif key in trained:
+                in_both += 1
+                same = np.flatnonzero(np.isin(hashes, trained[key]))
+                if len(same) and not allow_shared_frames:
+                    raise PackError(
+                        f"{paths[same[0]]} is in the train and in the test split, with {len(same) - 1} more frames of "
+                        "its sequence: a test on them says nothing. Give another --set-list or other annotations, only "
+                        "one --split, or --allow-shared-frames"
+                    )
+    return plan, in_both
 
 
 def _planned(job: ShardJob) -> Planned:
@@ -188,11 +218,11 @@ def _formers(out: Path, most_bad: float) -> dict[str, Former]:
     files = _read_record(out / DATASET_FILE)["files"]
     digests = {name.removesuffix(".tar"): entry["sha256"] for name, entry in files.items() if name.endswith(".tar")}
     formers = {
-        name: Former(digests.get(name), **report.get(name, NOTHING_LEFT_OUT)) for name in sorted({*digests, *report})
+        name: Former(digests.get(name), report.get(name, NOTHING_TO_REPORT)) for name in sorted({*digests, *report})
     }
-    if sum(len(former.bad) for former in formers.values()) <= most_bad:
+    if sum(len(former.report["bad"]) for former in formers.values()) <= most_bad:
         return formers
-    return {name: former for name, former in formers.items() if not former.bad}  # as _kept does
+    return {name: former for name, former in formers.items() if not former.report["bad"]}  # as _kept does
 
 
 def _missing_jobs(
@@ -222,13 +252,13 @@ def _finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -
     """
     work = out / WORK_FOLDER
     reports = {name: _report(out, name) for name in names if _is_done(out, name)}
-    left_out = {name: {"bad": part["bad"], "short": part["short"]} for name, part in reports.items()}
-    left_out = {name: part for name, part in left_out.items() if part != NOTHING_LEFT_OUT}
+    to_tell = {name: {key: part.get(key, []) for key in NOTHING_TO_REPORT} for name, part in reports.items()}
+    to_tell = {name: part for name, part in to_tell.items() if part != NOTHING_TO_REPORT}
     bad = [entry for part in reports.values() for entry in part["bad"]]
     if len(bad) > most_bad:
         reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in bad).most_common())
         so_far = "" if len(reports) == len(names) else f" in {len(reports)} of {len(names)} shards"
-        write_json(work / REPORT_FILE, left_out)
+        write_json(work / REPORT_FILE, to_tell)
         raise PackError(
             f"{len(bad)} frames are bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
             f"each is listed in {work / REPORT_FILE}. Mend the dataset, or allow more, and run again: "
@@ -239,7 +269,7 @@ def _finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -
         for name in names
         if reports[name]["index"]
     ]
-    write_json(out / REPORT_FILE, left_out)
+    write_json(out / REPORT_FILE, to_tell)
     if not tars:
         _clear(work)  # so that other options may be tried
         raise PackError(
@@ -311,17 +341,6 @@ def _read_record(path: Path) -> dict[str, Any]:
         return read_dataset(path.read_bytes()) if path.name == DATASET_FILE else json.loads(path.read_bytes())
     except ValueError as error:
         raise PackError(f"{path}: damaged: {error}") from error
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Raises PackError if another process packs into the same directory. The system lifts the lock of a dead one."""
-    with (work / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PackError(f"{work.parent}: another pack is at work there") from error
-        yield
 
 
 def _is_whole(out: Path) -> bool:
@@ -404,15 +423,15 @@ def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> Sh
     cv2.setNumThreads(1)  # there is a worker a core
     tar, former, index = out / f"{job.name}.tar", job.former, None
     if former is not None and former.sha256 == (sha256(tar) if tar.is_file() else None):
-        bad, short = former.bad, former.short
+        report = former.report
     else:
-        bad, short = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
+        report = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
     if tar.is_file():
         made = index_file(tar, out / WORK_FOLDER)
         index = {"size": made.size, "sha256": made.sha256, "sequences": made.sequences}
-    write_json(out / WORK_FOLDER / f"{job.name}.json", {"index": index, "bad": bad, "short": short})
+    write_json(out / WORK_FOLDER / f"{job.name}.json", {"index": index} | report)
     annotated = sum(sequence.annotated for sequence in job.sequences)
-    return ShardDone(frames=annotated, bytes=index["size"] if index else 0, bad=len(bad))
+    return ShardDone(frames=annotated, bytes=index["size"] if index else 0, bad=len(report["bad"]))
 
 
 def _check_stamp(out: Path, stamp: str) -> None:
@@ -421,16 +440,13 @@ def _check_stamp(out: Path, stamp: str) -> None:
         raise PackError(f"{out}: the pack that this shard was for is over")
 
 
-def _write_shard(
-    tar: Path, sequences: list[Sequence], options: PackOptions, check: Callable[[], None]
-) -> tuple[list[tuple[str, str, str]], list[tuple[str, int]]]:
-    """Make a tar, unless all of it is left out; returns what is, bad and short. check comes last, and may raise."""
-    bad: list[tuple[str, str, str]] = []
-    short: list[tuple[str, int]] = []
+def _write_shard(tar: Path, sequences: list[Sequence], options: PackOptions, check: Callable[[], None]) -> ShardReport:
+    """Make a tar, unless all of it is left out; returns what there is to report. check comes last, and may raise."""
+    report: ShardReport = {"bad": [], "short": [], "doubtful": []}
 
     def samples() -> Iterator[dict[str, Any]]:
         for sequence in sequences:
-            yield from _samples(sequence, options, bad, short)
+            yield from _samples(sequence, options, report)
         check()
 
     made = samples()
@@ -439,48 +455,53 @@ def _write_shard(
         tar.unlink(missing_ok=True)  # of a former pack
     else:
         write_tar(tar, chain([first], made))
-    return bad, short
+    return report
 
 
-def _samples(
-    sequence: Sequence, options: PackOptions, bad: list[tuple[str, str, str]], short: list[tuple[str, int]]
-) -> list[dict[str, Any]]:
-    """The WebDataset samples of a sequence, none if it is too short; what is left out goes to `bad` and `short`."""
-    samples = []
-    bad += [(path, reason, "") for path, reason in sequence.bad]
+def _samples(sequence: Sequence, options: PackOptions, report: ShardReport) -> Iterator[dict[str, Any]]:
+    """The WebDataset samples of a sequence, none if it is too short; what is to be said of it goes to `report`."""
+    names, frames = [], list[PackedFrame]()
+    report["bad"] += [(path, reason, "") for path, reason in sequence.bad]
     for frame in sequence.frames:
         try:
-            packed = pack_frame(frame, options)
+            frames.append(pack_frame(frame, options))
+            names.append(frame.name)
         except BadFrameError as error:
-            bad.append((frame.path, error.reason, error.detail))
-            continue
-        sample = {"__key__": member_key(sequence.category, sequence.name, frame.name), JPEG: packed.jpeg}
-        sample |= {META: packed.meta.to_json()} | ({} if packed.depth is None else {DEPTH: packed.depth})
-        samples.append(sample)
-    if len(samples) >= options.min_frames:
-        return samples
-    short.append((f"{sequence.split}/{sequence.category}/{sequence.name}", len(samples)))
-    return []
+            report["bad"].append((frame.path, error.reason, error.detail))
+    place = f"{sequence.split}/{sequence.category}/{sequence.name}"
+    if len(frames) < options.min_frames:
+        report["short"].append((place, len(frames)))
+        return
+    doubt = doubtful_lengths(frames)
+    if doubt is not None:
+        report["doubtful"].append((place, doubt))
+    for name, packed in zip(names, recentered(frames), strict=True):
+        sample = {"__key__": member_key(sequence.category, sequence.name, name), JPEG: packed.jpeg}
+        yield sample | {META: packed.meta.to_json()} | ({} if packed.depth is None else {DEPTH: packed.depth})
 
 
-def read_report(out: Path) -> dict[str, Any] | None:
-    """Shard -> what was left out of it, for shards of which something was. None if the report is gone or damaged."""
+def read_report(out: Path) -> dict[str, ShardReport] | None:
+    """Shard -> what there is to report of it, for shards of which there is. None if the report is gone or damaged."""
     try:
         report = json.loads((out / REPORT_FILE).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     parts = report.values() if isinstance(report, dict) else [None]
-    return report if all(isinstance(part, dict) and set(part) == set(NOTHING_LEFT_OUT) for part in parts) else None
+    if not all(isinstance(part, dict) and {"bad", "short"} <= set(part) <= set(NOTHING_TO_REPORT) for part in parts):
+        return None
+    return {name: NOTHING_TO_REPORT | part for name, part in report.items()}  # older ones know nothing of doubts
 
 
-def _result(out: Path, skipped: dict[str, int]) -> PackResult:
+def _result(out: Path, source: Source, in_both: int) -> PackResult:
     opened = shards.open(out)
     parts = (read_report(out) or {}).values()
     return PackResult(
         splits=opened.dataset["splits"],
         bytes=sum(entry["size"] for entry in opened.dataset["files"].values()),
         without_depth=int((opened.frames["depth_size"] == 0).sum()),
-        skipped=skipped,
+        skipped=source.skipped,
+        in_both=in_both,
         bad=[tuple(entry) for part in parts for entry in part["bad"]],
         short=[tuple(entry) for part in parts for entry in part["short"]],
+        doubtful=[tuple(entry) for part in parts for entry in part["doubtful"]],
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from prep.render import Box, Camera, Ground, Scene, Shape, Sphere, look_at, render
 from shards.codecs import encode_jpeg
+from shards.locks import locked
 from shards.writer import write_json
 
 CATEGORIES = ("balls", "blocks", "mixed")
@@ -36,16 +37,38 @@ def synth(out: Path, options: SynthOptions, executor: Executor, on_scene: Callab
 
     The directory appears when it is whole. Raises ValueError if `out` holds anything else.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        done = out / DONE_FILE
-        if done.is_file() and json.loads(done.read_bytes()) == asdict(options):
+    work = out.with_name(f".{out.name}.unfinished-synth")
+    if _is_done(out, options):
+        return False
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work, f"{out}: another vggt-prep synth is at work there"):
+        if _is_done(out, options):  # by another one, until just now
+            shutil.rmtree(work)
             return False
-        raise ValueError(f"{out}: exists, and is not this rendering; give another --out, or remove it first")
-    temporary = out.with_name(f".{out.name}.unfinished-synth")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+        _render(work / "content", options, executor, on_scene)
+        (work / "content").replace(out)
+        shutil.rmtree(work)
+    return True
+
+
+def _is_done(out: Path, options: SynthOptions) -> bool:
+    """Whether this rendering is there. Raises ValueError if `out` holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        if json.loads((out / DONE_FILE).read_bytes()) == asdict(options):
+            return True
+    except (OSError, ValueError):
+        pass
+    raise ValueError(f"{out}: exists, and is not this rendering; give another --out, or remove it first")
+
+
+def _render(folder: Path, options: SynthOptions, executor: Executor, on_scene: Callable[[], None]) -> None:
+    """Render into folder/co3d and folder/annotations, in place of what an interrupted one has left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     annotations: dict[str, dict[str, Any]] = {}
-    futures = {executor.submit(write_scene, temporary / "co3d", i, options): i for i in range(options.scenes)}
+    futures = {executor.submit(write_scene, folder / "co3d", i, options): i for i in range(options.scenes)}
     try:
         for future in as_completed(futures):
             category, sequence, frames = future.result()
@@ -55,13 +78,11 @@ def synth(out: Path, options: SynthOptions, executor: Executor, on_scene: Callab
     finally:
         for future in futures:
             future.cancel()
-    (temporary / "annotations").mkdir()
+    (folder / "annotations").mkdir()
     for name, sequences in annotations.items():
         data = gzip.compress(json.dumps(sequences, sort_keys=True).encode(), mtime=0)
-        (temporary / "annotations" / f"{name}.jgz").write_bytes(data)
-    write_json(temporary / DONE_FILE, asdict(options))
-    temporary.replace(out)
-    return True
+        (folder / "annotations" / f"{name}.jgz").write_bytes(data)
+    write_json(folder / DONE_FILE, asdict(options))
 
 
 def write_scene(root: Path, index: int, options: SynthOptions) -> tuple[str, str, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import zlib
 from bisect import bisect_right
@@ -52,7 +53,7 @@ def open(location: str | Path, *, check_sizes: bool = True) -> ShardSet:  # noqa
     storage = storage_at(location)
     where = f"{str(location).rstrip('/')}/{DATASET_FILE}"
     hint = "make one with: vggt-prep pack --co3d-dir ... --annotation-dir ... --out "
-    hint += str(location) if isinstance(storage, LocalStorage) else "DIRECTORY, and copy it there"
+    hint += shlex.quote(str(location)) if isinstance(storage, LocalStorage) else "DIRECTORY, and copy it there"
     if isinstance(storage, LocalStorage) and not storage.root.is_dir():
         raise ValueError(f"{location}: no such directory; {hint}")
     try:

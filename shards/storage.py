@@ -61,7 +61,7 @@ class Storage(Protocol):
 def storage_at(location: str | Path) -> Storage:
     """Raises ValueError if no package for this kind of URL is installed."""
     if isinstance(location, Path) or get_protocol(location) == "file":
-        return LocalStorage(Path(str(location).removeprefix("file://")))
+        return LocalStorage(Path(str(location).removeprefix("file://")).expanduser())
     try:
         return RemoteStorage(location)
     except (ImportError, ValueError) as error:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
-from train.config import TrainConfig, flatten, load_config, to_dict
+from train.config import TrainConfig, flatten, load_config, read_config, to_dict
 
 CONFIGS = ROOT / "train" / "configs"
 
@@ -81,7 +81,10 @@ WRONG = {
     "data.shards=[{path: a, weight: 0}]": "data.shards[0].weight: expected more than 0",
     "data.shards=[{pth: a}]": "data.shards[0].pth: no such key; the nearest is data.shards[0].path",
     "data.shards=[{weight: 2}]": "data.shards[0].path: not given",
-    "data.shards=3": "data.shards: expected str, found 3",
+    "optim.clip=nan": "optim.clip: expected a finite number, found 'nan'",
+    "loss.camera=NaN": "loss.camera: expected a finite number, found 'NaN'",
+    "data.max_bad=-inf": "data.max_bad: expected a finite number, found '-inf'",
+    "out_dir=": "out_dir: expected a folder, found nothing",
     "data.workers=-1": "data.workers: expected 0 or more",
     "data.max_bad=2": "data.max_bad: expected a share",
     "data.sampling=unifrom": "data.sampling: expected one of uniform, nearby, found 'unifrom'; the nearest is uniform",
@@ -137,3 +140,28 @@ def test_the_trainer_says_it_without_a_traceback():
     done = run_command("python", "train/main.py", "--config", "train/configs/demo.yaml", "data.veiws=3")
     assert done.returncode == 1
     assert done.stderr.strip() == "Error: data.veiws: no such key; the nearest is data.views"
+
+
+@pytest.mark.parametrize("name", ["runs/exp #1", "2024-01-01", "1e5", "yes", "a: b", "[x", "-", "'quoted'", " x "])
+def test_text_for_a_path_is_taken_as_it_is(name):
+    config = load_config(None, [f"out_dir={name}", f"init={name}", f"data.shards=./{name}"])
+    assert (config.out_dir, config.init, config.data.shards) == (name, name, f"./{name}")
+
+
+def test_a_home_folder_is_expanded_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(
+        "out_dir: ~/out\ninit: ~/vggt.pt\ndata: {shards: [{path: ~/a}, {path: 's3://b'}]}"
+    )
+    config = load_config("~/run.yaml", [])
+    assert (config.out_dir, config.init) == (f"{tmp_path}/out", f"{tmp_path}/vggt.pt")
+    assert [source.path for source in config.data.sources] == [f"{tmp_path}/a", "s3://b"]
+    assert load_config(None, ["init=~/x", "data.shards=~/y"]).data.shards == f"{tmp_path}/y"
+
+
+@pytest.mark.parametrize("content", ["", "init: null\nda", "data: 3", "[1]", "a: [", None])
+def test_a_cut_off_configuration_of_a_run_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yaml: \w"):
+        read_config(tmp_path)

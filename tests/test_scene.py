@@ -106,7 +106,8 @@ def test_photographs_are_scaled_and_cut_about_their_centre(tmp_path):
     (folder / "notes.txt").write_text("not an image")
     (folder / "._0.png").write_bytes(b"of another system")
     (folder / "more.png").mkdir()
-    paths = find_images([folder])
+    paths, others = find_images([folder])
+    assert [p.name for p in others] == ["notes.txt"]
     assert [p.name for p in paths] == ["0.png", "1.png", "2.png", "3.png"]
     images = load_images(paths, preset("tiny"))
     assert images.shape == (4, 3, 42, 70)

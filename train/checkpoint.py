@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch
 log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest", "best"
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.pt")
+DAMAGED = ".damaged"
+DAMAGED_NAME = re.compile(CHECKPOINT_NAME.pattern + re.escape(DAMAGED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +40,15 @@ def step_file(folder: Path, step: int) -> Path:
 def save(folder: Path, step: int, content: dict[str, Any], config: CheckpointConfig) -> Path:
     """Write `content` as the checkpoint of `step`, point `latest` at it, and drop those no longer kept.
 
-    Interrupted at any moment, `latest` and `best` still name whole files.
+    Interrupted at any moment, `latest` and `best` still name whole files. Raises ValueError for weights that are not
+    finite, which nothing could be resumed from; OSError if it cannot be written.
     """
+    broken = [name for name, value in content["model"].items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"step {step}: {len(broken)} weights are not finite any more ({', '.join(broken[:3])}); the checkpoints "
+            "before are kept: lower optim.lr"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = step_file(folder, step)
     temporary = path.with_suffix(".tmp")
@@ -57,6 +68,9 @@ def save(folder: Path, step: int, content: dict[str, Any], config: CheckpointCon
         raise
     _link(folder, LATEST, path)
     _drop_old(folder, config)
+    for damaged in _steps(folder, DAMAGED_NAME):
+        if damaged <= step:  # there is a whole one of as many steps
+            step_file(folder, damaged).with_suffix(".pt" + DAMAGED).unlink()
     return path
 
 
@@ -89,21 +103,25 @@ def _drop_old(folder: Path, config: CheckpointConfig) -> None:
 
 def steps_saved(folder: Path) -> list[int]:
     """The steps that have a checkpoint, in order."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
+    return _steps(folder, CHECKPOINT_NAME)
 
 
-def find_newest(folder: Path, *, mend: bool = True) -> Path | None:
-    """The newest whole checkpoint, or None if there is none at all; for one rank to call, as it mends the folder.
+def _steps(folder: Path, pattern: re.Pattern[str]) -> list[int]:
+    matches = (pattern.fullmatch(path.name) for path in folder.glob("step-*"))  # none of a copy that somebody made
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def find_newest(folder: Path, *, repair: bool = True) -> Path | None:
+    """The newest whole checkpoint, or None if there never was any; for one rank to call, as it repairs the folder.
 
     Every byte is checked against the CRCs that torch.save writes (torch.load does not: it takes flipped bits for
-    weights). A damaged file is renamed, with a warning, and the one before is taken. Raises ValueError if all are
-    damaged, OSError if the folder cannot be read just now. mend: whether damaged files are renamed, and what a kill has
-    left is removed.
+    weights). A damaged file is renamed, with a warning, and the one before is taken. Raises ValueError if there are
+    traces of checkpoints and none is whole, OSError if the folder cannot be read just now. repair: whether damaged
+    files are renamed, what a kill has left is removed, and `latest` points at the newest.
     """
-    for leftover in folder.glob("*.tmp") if mend else ():
+    for leftover in folder.glob("*.tmp") if repair else ():
         leftover.unlink()
-    steps = steps_saved(folder)
-    for step in reversed(steps):
+    for step in reversed(steps_saved(folder)):
         path = step_file(folder, step)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -111,12 +129,19 @@ def find_newest(folder: Path, *, mend: bool = True) -> Path | None:
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
             damaged = str(error)
         if damaged is None:
+            if repair and (folder / LATEST).resolve() != path.resolve():  # killed before it was linked
+                _link(folder, LATEST, path)
             return path
-        log.warning("%s is damaged (%s)%s; taking the one before", path, damaged, " and set aside" if mend else "")
-        if mend:
-            path.rename(path.with_name(path.name + ".damaged"))
-    if steps:
-        raise ValueError(f"{folder}: none of the {len(steps)} checkpoints is whole; remove the folder to start anew")
+        log.warning("%s is damaged (%s)%s; taking the one before", path, damaged, " and set aside" if repair else "")
+        if repair:
+            path.rename(path.with_name(path.name + DAMAGED))
+    traces = [path.name for path in folder.glob("step-*") if path.suffix != ".tmp"]
+    traces += [name for name in (LATEST, BEST) if (folder / name).is_symlink()]
+    if traces:
+        raise ValueError(
+            f"{folder}: none of the checkpoints is whole (there is {', '.join(sorted(traces)[:4])}); put a whole one "
+            "back as step-<8 digits>.pt, give another out_dir, or remove the folder of the run to start from scratch"
+        )
     return None
 
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from shards.writer import atomic_file
 from train.checkpoint import CheckpointConfig
 from train.losses import OBJECTIVE, LossConfig
 from train.metrics import FIGURES
 from train.optim import OptimConfig
 from train.parallel import Strategy
-from train.plan import DataConfig
+from train.plan import DataConfig, Location
 from vggt.config import PRESETS
 
 Precision = Literal["bf16", "fp32"]
+CONFIG_FILE = "config.yaml"  # of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    init: str | None = None
-    out_dir: str = "runs/finetune"
+    init: Location | None = None
+    out_dir: Location = "runs/finetune"
     seed: int = 0
     epochs: int = 20
     steps_per_epoch: int = 800
@@ -65,6 +68,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        if not self.out_dir:
+            raise ValueError("out_dir: expected a folder, found nothing")
         for name in ("epochs", "steps_per_epoch", "max_img_per_gpu", "accum_steps", "val_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -109,31 +114,69 @@ def load_config(file: str | Path | None, overrides: list[str]) -> TrainConfig:
     """
     values: dict[str, Any] = {}
     if file is not None:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"--config {file}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {file}: not readable as YAML ({' '.join(str(error).split())})") from error
-        if not isinstance(loaded, dict | None):
-            raise ValueError(f"--config {file}: expected keys and values, found {type(loaded).__name__}")
-        values = loaded or {}
+        values = _read_yaml(user_path(str(file)), f"--config {file}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r}: expected key=value, such as seed=1 or data.shards=data/shards")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{key}: {text!r} is not readable as a YAML value") from error
         *parents, leaf = key.split(".")
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{key}: {parent} is a value, not a section")
-        target[leaf] = value
+        target[leaf] = _Typed(text)
     return _build(TrainConfig, values, "")
+
+
+def _read_yaml(path: Path, what: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict | None):
+        raise ValueError(f"{what}: expected keys and values, found {type(loaded).__name__}")
+    return loaded or {}
+
+
+def user_path(text: str) -> Path:
+    """A path from the command line, with ~ for the home folder also where the shell leaves it, as in --out=~/x."""
+    return Path(text).expanduser()
+
+
+def write_config(out_dir: Path, config: TrainConfig) -> None:
+    """Leave the configuration of a run in its folder."""
+    with atomic_file(out_dir / CONFIG_FILE) as file:
+        file.write(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
+
+
+def read_config(out_dir: Path) -> dict[str, Any]:
+    """What write_config left, as YAML's types. Raises ValueError for a file that is missing or damaged."""
+    path = out_dir / CONFIG_FILE
+    values = _read_yaml(path, str(path))
+    if not isinstance(values.get("data"), dict):
+        raise ValueError(f"{path}: empty or cut off; the command that started the run writes it again")
+    return values
+
+
+class _Typed(str):
+    """The text that was given for a key on the command line; how it is read depends on the key's type."""
+
+
+def _read_typed(kinds: tuple[Any, ...], text: str, name: str) -> Any:
+    """Text stays as it is where text is expected; anything else is read as YAML."""
+    if text in ("", "null") and types.NoneType in kinds:
+        return None
+    takes_text = any(kind is str or get_origin(kind) is Annotated for kind in kinds)
+    takes_list = any(get_origin(kind) is tuple for kind in kinds)
+    if takes_text and not (takes_list and text.startswith("[")):
+        return str(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: {text!r} is not readable as a YAML value") from error
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -156,7 +199,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    types_of = get_type_hints(cls)
+    types_of = get_type_hints(cls, include_extras=True)
     names = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in names:
@@ -180,7 +223,12 @@ def _nearest(prefix: str, key: str, value: Any, names: set[str]) -> str:
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
-    """`value` as YAML gave it, as the type `kind`. Raises ValueError naming the key."""
+    """`value` as YAML or the command line gave it, as the type `kind`. Raises ValueError naming the key."""
+    if isinstance(value, _Typed):
+        kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        value = _read_typed(kinds, value, name)
+    if get_origin(kind) is Annotated:  # plan.Location
+        return os.path.expanduser(_convert(get_args(kind)[0], value, name))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{name}: expected a section of keys, found {value!r}")
@@ -204,15 +252,16 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             length = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
             raise ValueError(f"{name}: expected a list{length} such as [{arguments[0].__name__}, ...], found {value!r}")
         return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if kind is float and isinstance(value, str):  # YAML 1.1 takes 5e-5 for a word
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, found {value!r}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+            number = float(value)  # also of text: YAML 1.1 takes 5e-5 for a word
+        except OverflowError:
+            number = math.inf
+        except ValueError as error:
+            raise ValueError(f"{name}: expected float, found {value!r}") from error
+        if not math.isfinite(number):
+            raise ValueError(f"{name}: expected a finite number, found {value!r}")
+        return number
     if type(value) is not kind:
         raise ValueError(f"{name}: expected {kind.__name__}, found {value!r} ({type(value).__name__})")
     return value

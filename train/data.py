@@ -23,7 +23,7 @@ from rich.table import Table
 
 import shards
 from shards import drawing
-from train.config import TrainConfig, load_config
+from train.config import TrainConfig, load_config, user_path
 from train.loader import Split, TrainingSteps, stream, worker_count
 from train.pictures import save_picture
 from train.plan import TrainingPlan
@@ -39,7 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of a run; without it the defaults")
     parser.add_argument("--steps", type=int, default=20, help="batches to load (default 20)")
-    parser.add_argument("--out", type=Path, default=Path("."), help=f"folder that gets {SHEET_FILE} (default: here)")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("."), help=f"folder that gets {SHEET_FILE} (default: here)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.shards=DIR data.workers=4")
     arguments = parser.parse_intermixed_args()
     try:
@@ -108,7 +110,7 @@ def print_plan(plan: TrainingPlan) -> None:
         drawn = (str(state.step), str(shape.views), f"{shape.height} x {shape.width}", str(len(step.scenes)))
         table.add_row(*drawn, f"{scene.sequence}: {frames}")
         state = step.after
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def check_batch(batch: dict[str, Any]) -> dict[str, float]:

@@ -36,6 +36,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank, on every rank."""
+        return bool(self.sum(torch.tensor(float(value), device=self.device)))
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, on every rank."""
         if self.size == 1:

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 from rich.console import Console
 
 import shards
+from shards.splits import shared_places
 from shards.writer import atomic_file
 from train.bootstrap import is_finite
-from train.config import Precision
+from train.config import CONFIG_FILE, Precision, read_config, user_path
 from train.distributed import World, fail, start_world
 from train.guesses import GUESSES, guess_figures, mean_relative_pose
 from train.loader import Split, worker_count
@@ -66,13 +66,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, action="append", help="of a run, a file, folder or hub name; can be repeated"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets results.json and report.html")
+    parser.add_argument("--out", type=user_path, required=True, help="folder that gets results.json and report.html")
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="fast: 10 sequences a category")
     parser.add_argument("--min-frames", type=int, default=50, help="of a sequence (the protocol's: 50)")
     parser.add_argument("--views", type=int, default=10, help="of a sequence (the protocol's: 10)")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="(the protocol's: test)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--width", type=int, help="pixels of the images (default: as a run's checkpoint was trained)")
+    parser.add_argument("--allow-shared-frames", action="store_true", help="that frames to test on are trained on")
     parser.add_argument("--precision", choices=get_args(Precision), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--workers", type=int, help="loader processes a rank (default: one for each core that is left)")
     return parser.parse_args()
@@ -101,6 +102,13 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         world=world,
         mean_pose=mean_relative_pose(shard_set, protocol.views),
     )
+    known = "what is trained on"
+    if protocol.split == "test":
+        tested = {(scene.category, scene.name) for scene in job.chosen}
+        shared = shared_places([shard_set], "train", [shard_set], "test", tested)
+        if not arguments.allow_shared_frames:
+            shared.check("--allow-shared-frames")
+        known = shared.words if shared.sequences else ""
     checkpoints, guesses, heads, damaged = [], [], {}, Counter[str]()
     for label in labels:
         if label != labels[0]:
@@ -117,6 +125,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     for label, row in results["checkpoints"].items():
         row["heads"] = heads[label]
     results |= {"shards": str(shard_set), "digest": shard_set.digest, "precision": job.precision}
+    results["trained_on"] = known
     results["damaged"] = describe_damage([damaged]) if damaged else ""
     gallery = job.gallery(model, checkpoints[-1])
     publish(results, gallery, labels[-1], arguments.out)
@@ -144,13 +153,14 @@ def load_model(source: str) -> VGGT:
 def trained_width(sources: list[str]) -> int | None:
     """The width of the images that the first of these checkpoints that is of a run was trained on; None: none is."""
     run = next(filter(None, map(run_of, sources)), None)
-    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["width"] if run else None
+    return read_config(run)["data"]["width"] if run else None
 
 
 def run_of(source: str) -> Path | None:
     """The folder of the run that a checkpoint lies in, if it does."""
-    folder = Path(source).absolute().parent
-    is_run = Path(source).is_file() and folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
+    path = Path(source).expanduser().absolute()
+    folder = path.parent
+    is_run = path.is_file() and folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).is_file()
     return folder.parent if is_run else None
 
 
@@ -231,15 +241,15 @@ def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], sho
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / RESULTS_FILE) as file:
         file.write(json.dumps(results, indent=1).encode())
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(headline(results), markup=False)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(headline(results))
     console.print(table(results))
     for line in [*remarks(results), *verdicts(results)]:
-        console.print(line, markup=False)
+        console.print(line)
     run = run_of(shown)
     with atomic_file(out / PAGE_FILE) as file:
         file.write(make_page(results, gallery, shown, read_lines(run / METRICS_FILE) if run else []).encode())
-    console.print(f"\n{out / PAGE_FILE}: pictures, and scenes to turn; {out / RESULTS_FILE}: all figures", markup=False)
+    console.print(f"\n{out / PAGE_FILE}: pictures, and scenes to turn; {out / RESULTS_FILE}: all figures")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import load
+from train.config import user_path
 from train.optim import freeze
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
@@ -27,10 +28,10 @@ from vggt.weights import FILE_SUFFIXES, heads_in, read_checkpoint, write_file, w
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="of the trainer: OUT/checkpoints/latest or step-*.pt")
+    parser.add_argument("checkpoint", type=user_path, help="of the trainer: OUT/checkpoints/latest or step-*.pt")
     parser.add_argument("--init", help="what the run started from, if it is no longer where the run read it")
     parser.add_argument(
-        "--out", type=Path, required=True, help=".pt, .safetensors, or a folder for both it and a config"
+        "--out", type=user_path, required=True, help=".pt, .safetensors, or a folder for both it and a config"
     )
     arguments = parser.parse_args()
     try:
@@ -55,8 +56,12 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
     if missing:
         raise ValueError(f"{checkpoint}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
     config, init = saved["model_config"], init or saved["config"]["init"]
-    read = [path for path in (checkpoint, init) if path is not None and Path(path).exists()]
-    if out.exists() and any(out.samefile(path) for path in read):
+    if out.suffix and out.suffix not in FILE_SUFFIXES and not out.is_dir():
+        raise ValueError(
+            f"{out}: expected a name that ends in {' or '.join(FILE_SUFFIXES)}, or one of a folder, without a dot"
+        )
+    read = [path for path in (checkpoint, init) if path is not None and Path(path).expanduser().exists()]
+    if out.exists() and any(out.samefile(Path(path).expanduser()) for path in read):
         raise ValueError(f"{out}: is what is to be exported; give another --out")
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import cv2
@@ -41,6 +41,7 @@ from shards.processes import end_with_parent
 from shards.schema import FRAMES_FILE
 from train.augment import draw_colour, no_colour
 from train.plan import DataState, Scene, Step, StepShape, TrainingPlan
+from train.stop import STOP_SIGNALS, Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,6 @@ NEVER = 10**9  # batches: what StatefulDataLoader would remember of its workers 
 MAX_DEATHS = 3  # of workers, without a batch in between
 
 Arrays = dict[str, np.ndarray]
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Split:
@@ -110,6 +110,16 @@ def load_step(split: Split, step: Step, members: list[list[Members]] | None = No
         tried += len(set(found)) + missed.total()
     batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return batch | {"keys": keys, "bad": dict(bad), "tried": tried, "after": step.after}
+
+
+def blank_batch(step: Step) -> dict[str, Any]:
+    """Of the shape of a step's batch, with nothing in it: for a rank that has no data, while others have theirs."""
+    arrays = empty_arrays(len(step.scenes), step.shape)
+    for array in arrays.values():
+        array[...] = 0
+    for name in ("extrinsics", "intrinsics"):
+        arrays[name][...] = np.eye(*arrays[name].shape[-2:])
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"keys": [], "bad": {}, "tried": 0}
 
 
 def empty_arrays(scenes: int, shape: StepShape) -> Arrays:
@@ -319,12 +329,27 @@ def load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
             yield {"error": str(error)}
 
 
+class NoDataError(ValueError):
+    """There are no more batches to be had; the message says why and what to do."""
+
+
+def next_batch(batches: Iterator[dict[str, Any]], stop: StopRequest) -> dict[str, Any] | NoDataError | None:
+    """The next batch, or why there is none to be had; None: a signal asked to stop while it was waited for."""
+    try:
+        with stop.interruptible():
+            return next(batches)
+    except Interrupted:
+        return None
+    except NoDataError as error:
+        return error
+
+
 def stream(
     make: Callable[[DataState | None], IterableDataset], workers: int, pin_memory: bool
 ) -> Iterator[dict[str, Any]]:
     """The batches of make(None), across the death of worker processes: then make(state of the last batch) goes on.
 
-    Raises ValueError with what to tell the user if data cannot be had, or workers die again and again.
+    Raises NoDataError if data cannot be had, or workers die again and again.
     """
     state: DataState | None = None
     deaths = 0
@@ -332,7 +357,7 @@ def stream(
         try:
             for batch in make_loader(make(state), workers, pin_memory):
                 if "error" in batch:
-                    raise ValueError(batch["error"])
+                    raise NoDataError(batch["error"])
                 state, deaths = batch["after"], 0
                 yield batch
             return
@@ -341,7 +366,7 @@ def stream(
                 raise
             deaths += 1
             if deaths > MAX_DEATHS:
-                raise ValueError(
+                raise NoDataError(
                     f"data.workers={workers}: they die again and again; is memory short? {error}"
                 ) from error
             log.warning("%s; new workers go on from the last batch in %d s", error, 2**deaths)
@@ -371,10 +396,10 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train.loader"])
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-        forkserver.ensure_running()  # it ignores what is ignored now
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        resource_tracker.ensure_running()  # it unblocks signals, so not in between
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()  # what is blocked now stays so in it and in the workers
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return StatefulDataLoader(
         dataset,
         batch_size=None,

@@ -12,28 +12,31 @@ import argparse
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 
 import shards
 from shards import ShardSet
+from shards.locks import locked
+from shards.splits import shared_places
 from train.checkpoint import find_newest, load, mark_best, save, steps_saved
-from train.config import TrainConfig, flatten, load_config, to_dict
+from train.config import TrainConfig, flatten, load_config, read_config, to_dict, write_config
 from train.distributed import World, fail, start_world
-from train.loader import STOP_SIGNALS, Split, TrainingSteps, stream, worker_count
+from train.loader import NoDataError, Split, TrainingSteps, blank_batch, next_batch, stream, worker_count
 from train.memory import peak_gb, rehearse, said_out_of_memory
 from train.optim import freeze, make_optimizer, set_lr
 from train.parallel import distribute, load_optimizer, whole
 from train.pictures import contact_sheet, save_picture
 from train.plan import DataState, TrainingPlan
 from train.prepare import prepare
-from train.report import SCENES_FILE, Reporter, read_lines
+from train.report import METRICS_FILE, SCENES_FILE, Reporter, read_lines
 from train.step import train_step
+from train.stop import STOP_SIGNALS, StopRequest
 from train.summary import describe_damage, describe_figures, describe_run, describe_start
 from train.validate import Validation, best_step, comparable, compared_plan, validate
 from vggt import VGGT, preset
@@ -46,7 +49,7 @@ MAY_CHANGE = {
     *("init", "out_dir", "epochs", "max_steps", "accum_steps", "strategy", "compile"),
     *("model.head_chunk", "model.aggregator_dtype"),
     *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
-    *("data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
+    *("data.allow_shared_frames", "data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone", "checkpoint.best"),
 }
 REQUEUE_FILE = "requeue"
@@ -60,19 +63,35 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything and try one step; writes nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 data.workers=4")
     arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step there is nothing to save, nor to explain
     try:
         config = load_config(arguments.config, arguments.overrides)
         with start_world(tf32=config.tf32) as world:
-            run(config, world, dry_run=arguments.dry_run)
+            if arguments.dry_run:
+                run(config, world, dry_run=True)
+            else:
+                with locked_folder(Path(config.out_dir), world):
+                    run(config, world, dry_run=False)
     except (ValueError, OSError) as error:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         fail(error)
 
 
-def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
-    stop_asked = catch_signals()
+@contextmanager
+def locked_folder(out_dir: Path, world: World) -> Iterator[None]:
+    """Make the folder of the run, for this run alone. Raises ValueError if another trainer is at work there."""
 
+    def lock() -> None:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(out_dir, f"{out_dir}: another trainer is at work there; give another out_dir"))
+
+    with ExitStack() as held:
+        world.from_main(lock)
+        yield
+
+
+def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
     # Data
     if not config.data.sources:
         raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack, or its URL")
@@ -80,11 +99,14 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
     train_split = Split(shard_sets, config.data.train_split)
     with_val = [shard_set for shard_set in shard_sets if config.data.val_split in shard_set.dataset["splits"]]
     val_split = Split(with_val, config.data.val_split) if with_val else None
+    shared_with_val = shared_places(shard_sets, config.data.train_split, with_val, config.data.val_split)
+    if not config.data.allow_shared_frames:
+        shared_with_val.check("data.allow_shared_frames=true")
     workers = worker_count(config.data.workers, world.local_size)
 
     # Model
     out_dir = Path(config.out_dir)
-    newest = world.from_main(lambda: find_newest(out_dir / "checkpoints", mend=not dry_run))
+    newest = world.from_main(lambda: find_start(config, out_dir, repair=not dry_run))
     saved = None if newest is None else load(newest)
     if saved is not None:
         check_resumable(saved, config, shard_sets)
@@ -116,13 +138,12 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
         load_optimizer(optimizer, saved["optimizer"])
         state = DataState(saved["data"]["step"], tuple(saved["data"]["positions"]))
         del saved
-    about = describe_start(config, model, train_split, val_split, world, workers)
+    about = describe_start(config, model, train_split, val_split, shared_with_val, world, workers)
     if dry_run:
         tried = rehearse(config, world, shared, optimizer, train_split, plan, state)
         if world.is_main:
             print(f"{about}\n{tried}")
         return
-    out_dir.mkdir(parents=True, exist_ok=True)
     reporter = Reporter(
         out_dir, is_main=world.is_main, first_step=state.step, total_steps=config.total_steps, resumed=resumed
     )
@@ -131,11 +152,13 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
     if state.step >= config.total_steps:
         reporter.say("it is finished: raise epochs or max_steps to go on, or give another out_dir")
     if world.is_main:
-        (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+        write_config(out_dir, config)
         (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
     reporter.say(about)
 
     # Loop
+    stop = StopRequest()
+    stop.listen()
     work = Run(
         config=config,
         world=world,
@@ -147,7 +170,7 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
         val_split=val_split,
         workers=workers,
         reporter=reporter,
-        stop_asked=stop_asked,
+        stop=stop,
     )
     with reporter:
         stopped = work.train(state)
@@ -156,14 +179,14 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
     if not world.is_main:
         return
     if stopped:
-        reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command goes on from there")
+        reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command resumes from there")
     else:
-        reporter.say(describe_run(config, out_dir))
+        reporter.say(describe_run(config, out_dir, shared_with_val))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run at work. model: bare; shared: the same as the ranks share it; stop_asked: gets the signals to stop."""
+    """A run at work. model: bare; shared: the same as the ranks share it."""
 
     config: TrainConfig
     world: World
@@ -175,39 +198,44 @@ class Run:
     val_split: Split | None
     workers: int
     reporter: Reporter
-    stop_asked: list[int]
+    stop: StopRequest
 
     @property
     def out_dir(self) -> Path:
         return Path(self.config.out_dir)
 
     def train(self, state: DataState) -> bool:
-        """From `state` to the last step; True if a signal stopped it. Raises ValueError if it must not go on."""
+        """From `state` to the last step; True if a signal stopped it. Raises ValueError if it must not continue."""
         config, world, reporter = self.config, self.world, self.reporter
         batches = stream(
             lambda last: TrainingSteps(self.train_split, self.plan, world.rank, last or state, config.total_steps),
             self.workers,
             pin_memory=world.device.type == "cuda",
         )
-        if is_validation_step(config, state.step):
-            self.evaluate(state.step)
-            self.mark_best(state.step)
+        if is_validation_step(config, state.step) and self.evaluate(state):
+            return True
         window = Window()
         skipped = bad = tried = 0
         damaged: Counter[str] = Counter()  # frames of this rank, by file
-        for _ in range(state.step, config.total_steps):
+        while state.step < config.total_steps:
             began = time.perf_counter()
-            raw = next(batches)
+            raw = next_batch(batches, self.stop)
             waited = time.perf_counter() - began
+            if not isinstance(raw, dict):
+                self.abandon_step(state)
+                self.give_up(state, raw)
+                return True
             step = raw["after"].step  # counts the steps that are done
             lr = set_lr(self.optimizer, config.optim, step - 1, config.total_steps)
             damaged.update(raw["bad"])
             counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
             with said_out_of_memory(raw["images"], config, world, step):
                 batch = prepare(raw, world.device, with_points=config.loss.point > 0)
-                outcome = train_step(
-                    self.shared, self.optimizer, batch, config, world, stop=bool(self.stop_asked), **counts
-                )
+                outcome = train_step(self.shared, self.optimizer, batch, config, world, stop=self.stop.asked, **counts)
+            if outcome.abandoned:
+                self.give_up(state, None)
+                return True
+            state = raw["after"]
             bad, tried = bad + outcome.bad, tried + outcome.tried
             if tried >= MIN_TRIED and bad > config.data.max_bad * tried:
                 raise ValueError(
@@ -231,31 +259,56 @@ class Run:
                 window = Window()
                 reporter.scalars(step, config.data.train_split, values)
                 reporter.progress(step, values)
-            due = step % config.checkpoint.every == 0 or step == config.total_steps or outcome.stop
-            if due:
-                self.save(raw["after"], stopped=outcome.stop and step < config.total_steps)
             if outcome.stop and step < config.total_steps:
+                self.save(state, stopped=True)
                 return True
-            if is_validation_step(config, step):
-                if self.evaluate(step) and not due:
-                    self.save(raw["after"], stopped=False)
-                self.mark_best(step)
+            if step % config.checkpoint.every == 0 or step == config.total_steps:
+                self.save(state)
+            if is_validation_step(config, step) and self.evaluate(state):
+                return True
         if bad:
             reporter.say(f"{bad} of {tried} frames were damaged and replaced: {describe_damage(world.gather(damaged))}")
         return False
 
-    def evaluate(self, step: int) -> bool:
-        """Validate, unless it has been done; whether no validation before was as good."""
-        config, world, split, reporter = self.config, self.world, self.val_split, self.reporter
+    def abandon_step(self, state: DataState) -> None:
+        """Take part in the step at `state`, for which this rank has no data, so that the others do not wait for it."""
+        if self.world.size > 1:
+            raw = blank_batch(self.plan.step(state, self.world.rank))
+            batch = prepare(raw, self.world.device, with_points=self.config.loss.point > 0)
+            train_step(self.shared, self.optimizer, batch, self.config, self.world, abandon=True)
+
+    def give_up(self, state: DataState, problem: NoDataError | None) -> None:
+        """Save what was reached, for a signal asked to stop or, on some rank, there is a problem with the data.
+
+        Raises NoDataError with the latter on every rank.
+        """
+        problems = [found for found in self.world.gather(problem) if found is not None]
+        self.save(state, stopped=not problems)
+        if problems:
+            saved = f"; what was trained is saved at step {state.step}" if state.step else ""
+            raise NoDataError(f"{problems[0]}{saved}")
+
+    def evaluate(self, state: DataState) -> bool:
+        """Validate at `state`, unless that is done, and mark the best checkpoint; True if a signal stopped it."""
+        config, world, split, reporter, step = self.config, self.world, self.val_split, self.reporter, state.step
         # A run that was killed in between has validated before, or has still to do so.
-        if split is None or world.from_main(lambda: reporter.has_validation(step, compared_plan(config))):
-            return False
-        result = validate(self.model, split, config, world, self.workers)
-        reporter.scalars(step, config.data.val_split, result.means)
-        reporter.scenes(step, compared_plan(config), result.names, result.by_scene)
-        reporter.say(f"step {step}: {config.data.val_split} {describe_figures(result.means)}")
-        publish_pictures(result, step, self.out_dir, reporter)
-        return world.from_main(lambda: self._best_step(step) == step)
+        if split is not None and not world.from_main(lambda: reporter.has_validation(step, compared_plan(config))):
+            problem = result = None
+            try:
+                result = validate(self.model, split, config, world, self.workers, self.stop)
+            except NoDataError as error:  # on every rank
+                problem = error
+            if result is None:
+                self.give_up(state, problem)
+                return True
+            reporter.scalars(step, config.data.val_split, result.means)
+            reporter.scenes(step, compared_plan(config), result.names, result.by_scene)
+            reporter.say(f"step {step}: {config.data.val_split} {describe_figures(result.means)}")
+            publish_pictures(result, step, self.out_dir, reporter)
+            if world.from_main(lambda: self._best_step(step) == step):
+                self.save(state)
+        self.mark_best(step)
+        return False
 
     def _best_step(self, step: int) -> int | None:
         """The best validation so far: of those with a checkpoint, the first and this one."""
@@ -270,9 +323,16 @@ class Run:
         if self.world.is_main:
             mark_best(self.out_dir / "checkpoints", self._best_step(step), self.config.checkpoint)
 
-    def save(self, after: DataState, *, stopped: bool) -> None:
-        """A checkpoint, from which the data goes on at `after`. Called by all ranks."""
-        world = self.world
+    def save(self, after: DataState, *, stopped: bool = False) -> None:
+        """A checkpoint from which the data resumes at `after`, unless there is one or nothing to save. All ranks call.
+
+        stopped: leave word that the run wants to be started again.
+        """
+        world, folder = self.world, self.out_dir / "checkpoints"
+        if stopped and world.is_main:
+            (self.out_dir / REQUEUE_FILE).touch()
+        if not after.step or world.from_main(lambda: after.step in steps_saved(folder)):
+            return
         weights, moments = (whole(part.state_dict(), world) for part in (self.model, self.optimizer))
         if world.is_main:
             content = {
@@ -283,9 +343,7 @@ class Run:
                 "config": to_dict(self.config),
                 "shards": [shard_set.digest for shard_set in self.train_split.shard_sets],
             }
-            save(self.out_dir / "checkpoints", after.step, content, self.config.checkpoint)
-            if stopped:
-                (self.out_dir / REQUEUE_FILE).touch()
+            save(folder, after.step, content, self.config.checkpoint)
         world.barrier()
 
 
@@ -316,17 +374,48 @@ class Window:
         return dict(zip(self.sums, means, strict=True)) | rates
 
 
+def find_start(config: TrainConfig, out_dir: Path, *, repair: bool) -> Path | None:
+    """The checkpoint to resume from; None: the run starts at step 0.
+
+    Raises ValueError if there are traces of a run that had checkpoints and has none that is whole: nothing is erased
+    before somebody has looked. A run that was killed before its first checkpoint just starts again.
+    """
+    newest = find_newest(out_dir / "checkpoints", repair=repair)
+    lines = [line for name in (METRICS_FILE, SCENES_FILE) for line in read_lines(out_dir / name)]
+    if newest is not None or not lines:
+        return newest
+    before = read_config(out_dir)
+    check_same_settings(before, config)
+    reached = max(line["step"] for line in lines)
+    if reached > flatten(before)["checkpoint.every"]:
+        raise ValueError(
+            f"{out_dir}: its {METRICS_FILE} goes up to step {reached}, but its checkpoints are gone; put them back "
+            f"into {out_dir / 'checkpoints'}, or {elsewhere(config)}"
+        )
+    return None
+
+
+def elsewhere(config: TrainConfig) -> str:
+    return f"give another out_dir, or remove {config.out_dir} to start from scratch"
+
+
 def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: list[ShardSet]) -> None:
     """Raises ValueError if the run in out_dir was another one: other settings, or other data."""
-    advice = f"give another out_dir, or remove {config.out_dir} to start anew"
     if saved["shards"] != [shard_set.digest for shard_set in shard_sets]:
-        raise ValueError(f"{config.out_dir}: was trained on other shards than {config.data.shards}; {advice}")
+        raise ValueError(
+            f"{config.out_dir}: was trained on other shards than {config.data.shards}; {elsewhere(config)}"
+        )
+    check_same_settings(saved["config"], config)
+
+
+def check_same_settings(settings: dict[str, Any], config: TrainConfig) -> None:
+    """Raises ValueError if the settings of the run in out_dir are others than now, where that makes another run."""
     defaults = flatten(to_dict(TrainConfig(init=config.init or "none")))
-    now, before = flatten(to_dict(config)), defaults | flatten(saved["config"])  # it may be older than a key
+    now, before = flatten(to_dict(config)), defaults | flatten(settings)  # they may be older than a key
     changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
     if changed:
         was, what = (", ".join(f"{key}={values[key]!r}" for key in changed) for values in (before, now))
-        raise ValueError(f"{config.out_dir}: was trained with {was}, now it is {what}; {advice}")
+        raise ValueError(f"{config.out_dir}: was trained with {was}, now it is {what}; {elsewhere(config)}")
 
 
 def publish_pictures(result: Validation, step: int, out_dir: Path, reporter: Reporter) -> None:
@@ -336,19 +425,6 @@ def publish_pictures(result: Validation, step: int, out_dir: Path, reporter: Rep
         )
         save_picture(out_dir / SHEET_FILE, sheet)
         reporter.picture(step, "contact_sheet", sheet)
-
-
-def catch_signals() -> list[int]:
-    """A list that gets the number of the first signal that asks to stop; a second one kills as usual."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, note)
-    return received
 
 
 if __name__ == "__main__":

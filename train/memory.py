@@ -133,7 +133,7 @@ def rehearse(
     with said_out_of_memory(raw["images"], config, world, step.after.step):
         for _ in range(2):  # the first makes the optimizer's moments, at its end
             batch = prepare(raw, world.device, with_points=config.loss.point > 0)
-            outcome = train_step(model, optimizer, batch, config, world, stop=False, bad=0, tried=raw["tried"])
+            outcome = train_step(model, optimizer, batch, config, world, tried=raw["tried"])
     assert outcome is not None
     loss, shape = float(outcome.terms["loss_objective"]), step.shape  # waits for the device
     took = time.perf_counter() - loaded

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 PATCH = 14  # image sides are multiples of it
+Location = Annotated[str, "a path, whose ~ is expanded, a URL or a name"]
 NEARBY_WINDOW = 2  # frames that `nearby` chooses from, in multiples of the views drawn
 
 # Each use of randomness has a stream of its own, keyed (seed, use, counters).
@@ -25,7 +26,7 @@ _SHAPE, _ORDER, _SCENE, _MIX = range(4)
 class ShardSource:
     """A shard set to draw from. weight: its share of the scenes, in proportion to the weights of the others."""
 
-    path: str
+    path: Location
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -35,7 +36,7 @@ class ShardSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    shards: str | tuple[ShardSource, ...] | None = None
+    shards: Location | tuple[ShardSource, ...] | None = None
     train_split: Literal["train", "test"] = "train"
     val_split: Literal["train", "test"] = "test"
     width: int = 518
@@ -45,6 +46,7 @@ class DataConfig:
     augment: bool = True
     workers: int | None = None
     max_bad: float = 0.02
+    allow_shared_frames: bool = False
     val_scenes: int = 100
     val_views: int = 8
     val_aspect: float = 0.75

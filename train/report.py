@@ -25,7 +25,7 @@ class Reporter:
 
     def __init__(self, out_dir: Path, *, is_main: bool, first_step: int, total_steps: int, resumed: bool) -> None:
         self.is_main, self.out_dir = is_main, out_dir
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
+        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_main)
         self.live = is_main and sys.stdout.isatty()
         handler = RichHandler(console=Console(stderr=True), show_path=False) if self.live else logging.StreamHandler()
         logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
@@ -42,7 +42,7 @@ class Reporter:
             TextColumn("training"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
@@ -64,7 +64,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def has_validation(self, step: int, plan: dict[str, Any]) -> bool:
         """Whether validation.jsonl, which is written last, has this step and plan (on the main rank)."""
@@ -112,13 +112,15 @@ def finite_or_none(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of one a line, but for lines that a kill has cut off; none if there is no file."""
+    """The steps' objects in a file of one a line, but for lines that a kill has cut off; none if there is no file."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            value = json.loads(line)
+        except ValueError:  # also of bytes that are no text
             continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
     return found
 
 

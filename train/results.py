@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from train.bootstrap import MIN_SCENES, estimate, group_mean, paired
@@ -170,6 +169,10 @@ def remarks(results: dict[str, Any]) -> list[str]:
             f"The published figures are over {PUBLISHED_CATEGORIES} categories of Co3D, these over "
             f"{len(results['sequences'])}: they are not quite comparable."
         )
+    if results["trained_on"]:
+        found.append(
+            f"The sequences evaluated are {results['trained_on']}: this does not tell how new places would fare."
+        )
     if results.get("unusable"):
         names = _few(results["unusable"])
         found.append(f"{len(results['unusable'])} sequences without usable frames are left out: {names}.")
@@ -229,7 +232,7 @@ def table(results: dict[str, Any]) -> Table:
     checkpoints = results["checkpoints"]
     shown = Table("")
     for label in (*checkpoints, "best guess", *results["reference"]):
-        shown.add_column(escape(label), overflow="fold")
+        shown.add_column(label, overflow="fold")
     for name in shown_columns(results):
         columns = [_means(row) for row in checkpoints.values()]
         guesses = [_means(row) for row in results["guesses"].values() if name in row["figures"]]

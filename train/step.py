@@ -23,6 +23,7 @@ class StepOutcome:
     norms: dict[str, Tensor]
     finite: bool
     stop: bool
+    abandoned: bool
     bad: int
     tried: int
 
@@ -60,21 +61,23 @@ def train_step(
     config: TrainConfig,
     world: World,
     *,
-    stop: bool,
-    bad: int,
-    tried: int,
+    stop: bool = False,
+    abandon: bool = False,
+    bad: int = 0,
+    tried: int = 0,
 ) -> StepOutcome:
-    """Move the parameters by one step, unless the loss or a gradient is not finite on any rank.
+    """Move the parameters by one step, unless on any rank the loss or a gradient is not finite.
 
-    stop, bad and tried are this rank's; the outcome's are over all ranks.
+    Nor if one abandons it, which has no data and takes part for the sake of the others only. stop, abandon, bad and
+    tried are this rank's; the outcome's are over all ranks.
     """
     terms = forward_backward(model, batch, config)
     norms = clip_gradients(bare(model), config.optim.clip)
     finite = torch.stack([terms["loss_objective"], *norms.values()]).isfinite().all()
     # The step's only wait for the device, and the only all-reduce beside those of gradients and (fsdp) their norms.
-    flags = torch.stack([~finite, *torch.tensor([stop, bad, tried]).to(finite.device)]).double()
-    broken, stops, all_bad, all_tried = world.sum(flags).tolist()
-    if not broken:
+    flags = torch.stack([~finite, *torch.tensor([stop, abandon, bad, tried]).to(finite.device)]).double()
+    broken, stops, abandoned, all_bad, all_tried = world.sum(flags).tolist()
+    if not broken and not abandoned:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(terms, norms, not broken, stops > 0, int(all_bad), int(all_tried))
+    return StepOutcome(terms, norms, not broken, stops > 0, abandoned > 0, int(all_bad), int(all_tried))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from shards.splits import SharedPlaces
 from train.bootstrap import Estimate, paired
 from train.checkpoint import BEST, step_file
 from train.config import TrainConfig
@@ -25,7 +27,13 @@ OBJECTIVE_FIGURE = Figure("objective", "what training minimises", ())
 
 
 def describe_start(
-    config: TrainConfig, model: VGGT, train: Split, val: Split | None, world: World, workers: int
+    config: TrainConfig,
+    model: VGGT,
+    train: Split,
+    val: Split | None,
+    shared: SharedPlaces,
+    world: World,
+    workers: int,
 ) -> str:
     """What is trained on what: a few lines before the first step."""
     counts = {name: [0, 0] for name, _ in model.named_children()}
@@ -39,7 +47,7 @@ def describe_start(
     ]
     held = "nothing (no such split)"
     if val:
-        held = f"{count(sum(map(len, val.lengths)), 'sequence')} of the {config.data.val_split} split"
+        held = f"{count(sum(map(len, val.lengths)), 'sequence')} of the {config.data.val_split} split, {shared.words}"
     short = sum(int((lengths < high).sum()) for lengths in train.lengths)
     lines = [
         f"model {config.model.preset}: {parts}",
@@ -72,7 +80,7 @@ def describe_damage(by_rank: list[Counter[str]]) -> str:
     return ", ".join(f"{file} ({count})" for file, count in files[:5]) + more
 
 
-def describe_run(config: TrainConfig, out_dir: Path) -> str:
+def describe_run(config: TrainConfig, out_dir: Path, shared: SharedPlaces) -> str:
     """What a finished run achieved, from its metrics.jsonl."""
     lines = read_lines(out_dir / METRICS_FILE)
     trained = [line for line in lines if line["split"] == config.data.train_split]
@@ -83,7 +91,7 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
     text = ["", f"Done: {config.total_steps:,} steps. The training objective {moved}."]
     validations = comparable(read_lines(out_dir / SCENES_FILE))
     if len(validations) > 1:
-        text += _compare(validations, config, out_dir)
+        text += _compare(validations, config, out_dir, shared)
     sheet = f"{out_dir}/contact_sheet.png"
     shown = (
         [f"Look at  {sheet}  (views, predicted and true depth, errors, cameras from above)"]
@@ -93,7 +101,7 @@ def describe_run(config: TrainConfig, out_dir: Path) -> str:
     text += [
         "",
         *shown,
-        f"Curves:   tensorboard --logdir {out_dir}/tensorboard",
+        f"Curves:   tensorboard --logdir {shlex.quote(f'{out_dir}/tensorboard')}",
         f"Weights:  {out_dir}/checkpoints/latest  (python -m vggt shows what it makes of photographs, python -m "
         "train.export lays it over the checkpoint it started from)",
         "",
@@ -108,11 +116,11 @@ def describe_figures(means: dict[str, float]) -> str:
     return ", ".join(f"{figure.label} {figure.form.format(means[name])}" for name, figure in told)
 
 
-def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Path) -> list[str]:
+def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Path, shared: SharedPlaces) -> list[str]:
     """The last validation against the first, scene by scene, and which was the best."""
     first, last = validations[0], validations[-1]
     text = [
-        f"On {count(len(last['scenes']), 'sequence')} of the {config.data.val_split} split, never trained on, "
+        f"On {count(len(last['scenes']), 'sequence')} of the {config.data.val_split} split, {shared.words}, "
         f"step {first['step']} -> step {last['step']}:"
     ]
     signs = []
@@ -126,7 +134,7 @@ def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Pa
         signs.append(gain)
         values = f"{figure.form.format(before)} -> {figure.form.format(after)}"
         text.append(f"  {figure.label}: {values}, {describe_change(difference, figure)}  ({figure.meaning})")
-    text.append(_verdict(signs))
+    text.append(_verdict(signs, seen=shared.sequences > 0))
     if any(None in scene.values() for scene in last["scenes"]):
         text.append("Some of the last predictions or losses are not finite: look at the log above.")
     best, link = best_step(validations, config.checkpoint.best), out_dir / "checkpoints" / BEST
@@ -151,12 +159,13 @@ def describe_change(difference: Estimate, figure: Figure) -> str:
     return f"{'better' if better else 'WORSE'} beyond the noise ({interval})"
 
 
-def _verdict(signs: list[int]) -> str:
+def _verdict(signs: list[int], *, seen: bool) -> str:
     better, worse = signs.count(1), signs.count(-1)
     if not better and not worse:
         return "Nothing changed beyond the noise: train for longer, or validate on more scenes (data.val_scenes)."
     if not worse:
-        return "It got better, on scenes that it has not seen."
+        places = "places that it has seen: new ones may differ" if seen else "scenes that it has not seen"
+        return f"It got better, on {places}."
     if not better:
         return "It got worse: try fewer steps, a lower optim.lr, or more sequences."
     return f"{better} of these figures got better, {worse} got worse: compare the curves, and see checkpoint.best."
@@ -167,7 +176,7 @@ def _next_steps(config: TrainConfig) -> list[str]:
         return [
             "This was a model from scratch: it shows that everything works, not what VGGT can do. Next:",
             "  your data, if this was not it: make finetune CO3D_DIR=<co3d> CO3D_ANNOTATION_DIR=<annotations>",
-            f"  VGGT itself, on this data:     make finetune SHARDS={config.data.sources[0].path} "
+            f"  VGGT itself, on this data:     make finetune SHARDS={shlex.quote(config.data.sources[0].path)} "
             "INIT=<the published checkpoint>",
         ]
     return ["Next: more steps (ARGS='max_steps=...'), or more data; stop when the figures above stop improving."]

@@ -12,13 +12,14 @@ from torch import nn
 
 from train.config import Precision, TrainConfig
 from train.distributed import World
-from train.loader import Split, ValidationSteps, stream
+from train.loader import NoDataError, Split, ValidationSteps, next_batch, stream
 from train.losses import denominators, losses
 from train.metrics import FIGURES, scene_figures
 from train.pictures import SceneResult, scene_result
 from train.plan import DataState, Step, validation_plan
 from train.prepare import Batch, prepare
 from train.step import autocast
+from train.stop import StopRequest
 
 PICTURED = 3  # scenes on the contact sheet
 
@@ -43,14 +44,21 @@ class Validation:
         return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def validate(model: nn.Module, split: Split, config: TrainConfig, world: World, workers: int) -> Validation:
-    """The losses of training and all figures of train.metrics on the validation plan."""
+def validate(
+    model: nn.Module, split: Split, config: TrainConfig, world: World, workers: int, stop: StopRequest
+) -> Validation | None:
+    """The losses of training and all figures of train.metrics on the validation plan; None if it was asked to stop.
+
+    Raises NoDataError on every rank if one has no data.
+    """
     model.eval()
     steps, counted = validation_plan(config.data, split.lengths, world.rank, world.size)
     mine: list[tuple[str, Figures]] = []
     pictured: list[SceneResult] = []
     with_points = config.loss.point > 0
-    for raw, batch, predictions in predict(model, split, steps, config.precision, world, workers, with_points):
+    done = 0
+    for raw, batch, predictions in predict(model, split, steps, config.precision, world, workers, with_points, stop):
+        done += 1
         if len(mine) >= counted:  # a repeated scene, for ranks that share a model take as many steps each
             continue
         name = scene_name(raw)
@@ -58,6 +66,8 @@ def validate(model: nn.Module, split: Split, config: TrainConfig, world: World, 
         if world.is_main and len(pictured) < PICTURED:
             pictured.append(scene_result(name, predictions, batch))
     model.train()
+    if done < len(steps):  # the same on every rank
+        return None
     by_rank = world.gather(mine)
     ordered = [by_rank[i % world.size][i // world.size] for i in range(sum(map(len, by_rank)))]
     return Validation([name for name, _ in ordered], [figures for _, figures in ordered], pictured)
@@ -72,19 +82,38 @@ def predict(
     world: World,
     workers: int,
     with_points: bool = False,
+    stop: StopRequest | None = None,
 ) -> Iterator[tuple[dict[str, Any], Batch, dict[str, Any]]]:
-    """Each step's batch as it was loaded and as it was prepared, and what the model makes of it."""
+    """Each step's batch as it was loaded and as it was prepared, and what the model makes of it.
+
+    With `stop` every rank must have equally many steps: all end early together once a signal asks one of them to.
+    Raises NoDataError, with `stop` on every rank.
+    """
     steps = [replace(step, after=DataState(number + 1, ())) for number, step in enumerate(steps)]
     batches = stream(
         lambda last: ValidationSteps(split, steps[last.step if last else 0 :]),
         workers,
         pin_memory=world.device.type == "cuda",
     )
-    for raw in batches:
+    for raw in batches if stop is None else _until_stopped(batches, len(steps), world, stop):
         batch = prepare(raw, world.device, with_points=with_points)
         with autocast(precision, world.device):
             predictions = model(batch["images"])
         yield raw, batch, predictions
+
+
+def _until_stopped(
+    batches: Iterator[dict[str, Any]], count: int, world: World, stop: StopRequest
+) -> Iterator[dict[str, Any]]:
+    for _ in range(count):
+        raw = next_batch(batches, stop)
+        if world.any(not isinstance(raw, dict)):
+            for problem in world.gather(raw if isinstance(raw, NoDataError) else None):
+                if problem is not None:
+                    raise problem
+            return
+        assert isinstance(raw, dict)
+        yield raw
 
 
 def scene_name(raw: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,9 @@ def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> N
       python -m vggt photos/ --checkpoint facebook/VGGT-1B --out scene.glb
       python -m vggt photos/*.jpg --checkpoint runs/demo/checkpoints/latest --out scene.ply --keep 0.2
     """
+    out = out.expanduser()
+    if math.isnan(keep):  # neither below nor above a limit
+        raise click.BadParameter("expected a number", param_hint="--keep")
     if out.suffix.lower() not in (".glb", ".ply"):
         raise click.BadParameter(f"{out}: expected a name that ends in .glb or .ply", param_hint="--out")
     if find_spec("trimesh") is None:
@@ -46,7 +50,10 @@ def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> N
         )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        paths = find_images(images)
+        paths, others = find_images(images)
+        if others:
+            names = ", ".join(path.name for path in others[:5]) + (", ..." if len(others) > 5 else "")
+            click.echo(f"{len(others)} files are no images that can be read, and skipped: {names}", err=True)
         model = VGGT.from_pretrained(checkpoint, heads=("camera", "depth"))
         inputs = load_images(paths, model.config)
         count = _show(model, inputs, out, keep)

@@ -15,18 +15,25 @@ from vggt.config import VGGTConfig
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths` as they come, and for a folder the images in it by name. Raises ValueError if none."""
-    found = []
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files among `paths` as they come, and for a folder the images in it by name; and its files that are none.
+
+    Hidden files are neither. Raises ValueError if there are no images.
+    """
+    found, others = list[Path](), list[Path]()
     for path in paths:
         if path.is_dir():
-            named = (p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-            found += sorted(p for p in named if p.is_file())
+            files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+            found += [p for p in files if p.suffix.lower() in SUFFIXES]
+            others += [p for p in files if p.suffix.lower() not in SUFFIXES]
         else:
             found.append(path)
     if not found:
-        raise ValueError(f"{', '.join(map(str, paths))}: no images; expected files that end in {' '.join(SUFFIXES)}")
-    return found
+        there = f" ({len(others)} other files, such as {others[0].name})" if others else ""
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no images{there}; expected files that end in {' '.join(SUFFIXES)}"
+        )
+    return found, others
 
 
 def load_images(paths: Sequence[Path], config: VGGTConfig) -> Tensor:

@@ -79,7 +79,7 @@ def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep
     camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], height, width, size)
     count = len(points)
     points, colours = np.concatenate([points, camera_points]), np.concatenate([colours, camera_colours])
-    if path.suffix == ".glb":
+    if path.suffix.lower() == ".glb":
         points = points * np.array([1, -1, -1], np.float32)
         trimesh.Scene([trimesh.PointCloud(points, colours)]).export(path)
     else:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     source: see VGGT.from_pretrained. A .pt holds the tensors themselves, or {"model": tensors} and, if it is one
     of the trainer's, "model_config". Raises ValueError saying what is wrong with `source`.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         path = _download(str(source))
     if path.is_dir():
@@ -108,7 +109,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> N
 
     Its parameters become new ones, on the CPU: fill before .to() and before making an optimizer. Heads that the model
     was built without may be in `state`. source: what `state` was read from, for messages. Raises
-    ValueError listing what is missing, unexpected or of another shape; the model is then unchanged.
+    ValueError listing what is missing, unexpected, of another shape or not finite; the model is then unchanged.
     """
     own = model.state_dict()
     modules, there = ({name.split(".")[0] for name in names} for names in (own, state))
@@ -123,6 +124,11 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> N
     found = [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems if names]
     if found:
         raise ValueError(f"{source} does not fit this model; {'; '.join(found)}{_advice(missing, there)}")
+    broken = [name for name in own if not state[name].isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{source}: {len(broken)} tensors hold NaN or infinite values: {_shorten(broken)}; is it damaged?"
+        )
     # Copies: what was read may be mapped from a file that is written over one day.
     copies = {name: state[name].to(value.dtype, copy=True) for name, value in own.items()}
     model.load_state_dict(copies, assign=True)
@@ -182,7 +188,7 @@ def write_file(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
 def _whole_file(path: Path) -> Iterator[Path]:
     """A name to write to; what is written there is then on disk as `path`, or gone after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")  # another process may be writing the same file
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -1,0 +1,30 @@
+"""One process at a time in a folder that a command writes to."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = "lock"
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of an existing folder. The system releases it when this process ends, however it ends.
+
+    Raises ValueError with the message `busy` if another process holds it. A network file system may keep such locks
+    for each machine by itself, and one that knows none of them is told in a warning: there it does not protect.
+    """
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(busy) from error
+        except OSError as error:
+            log.warning("%s: this file system has no locks (%s): see that no other process writes there", folder, error)
+        yield

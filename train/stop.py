@@ -1,0 +1,61 @@
+"""Signals that ask a run to stop: the step at work is finished, the run saved, and only then it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # a second one of these kills
+
+
+class Interrupted(BaseException):
+    """A signal came while the run waited for data. No `except Exception` on the way may take it for an error."""
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._waits = False
+        self._terminals: list[int] = []
+
+    def listen(self) -> None:
+        """Take note of signals from now on. Until then each kills as usual, as there is nothing to save.
+
+        What is ignored stays so: under nohup a lost terminal must not stop a run.
+        """
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL if number in IMPATIENT else signal.SIG_IGN)
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        if self._waits:
+            raise Interrupted
+
+    def _leave_terminal(self) -> None:
+        """The terminal is gone, and every line printed to it would be an error that keeps the run from saving."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in self._terminals:
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once, and so does one that came before."""
+        self._waits = True
+        try:
+            if self.asked:
+                raise Interrupted
+            yield
+        finally:
+            self._waits = False
