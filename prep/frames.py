@@ -61,7 +61,7 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
         scale = min(1.0, options.short_side / min(source_size)) if options.short_side else 1.0
         image, eighths = decode_jpeg(data, scale)
     except ValueError as error:
-        if not data.startswith(JPEG_START):
+        if data and not data.startswith(JPEG_START):
             raise BadFrameError("image is not a JPEG") from error
         raise BadFrameError("image is damaged", str(error)) from error
     if frame.size is not None and source_size != tuple(frame.size):

@@ -291,18 +291,22 @@ def _check_names(dataset: dict[str, Any]) -> None:
             raise ValueError(f"size or sha256 of {name} is no such thing; {MEND}")
 
 
+class DamagedIndexError(ValueError):
+    """An index that is not the one that was packed; says the file and what to do."""
+
+
 def map_rows(path: Path, dtype: Callable[..., np.dtype], *names: str) -> np.ndarray:
     """The rows of an index file, mapped from disk. `names`: its strings, on whose lengths its dtype depends.
 
-    Raises ValueError for anything else.
+    Raises DamagedIndexError for anything else.
     """
     try:
         rows = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         good = rows.ndim == 1 and rows.dtype == dtype(*(rows.dtype[name].itemsize for name in names))
     except Exception as error:  # a damaged header may raise whatever Python's tokenizer does
-        raise ValueError(f"{path}: not readable as an index ({type(error).__name__}); {MEND}") from error
+        raise DamagedIndexError(f"{path}: not readable as an index ({type(error).__name__}); {MEND}") from error
     if not good:
-        raise ValueError(f"{path}: not an index of version {VERSION}; {MEND}")
+        raise DamagedIndexError(f"{path}: not an index of version {VERSION}; {MEND}")
     return rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.index import MEND, map_rows, read_dataset, sha256
+from shards.index import MEND, DamagedIndexError, map_rows, read_dataset, sha256
 from shards.schema import (
     DATASET_FILE,
     FRAMES_FILE,
@@ -81,8 +81,10 @@ class ShardSet:
     storage: Storage
     dataset: dict[str, Any] = field(repr=False)
 
+    in_worker: bool = field(default=False, repr=False)  # sent from another process, perhaps long after it was opened
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet, (self.storage, self.dataset)  # without the mapped arrays
+        return ShardSet, (self.storage, self.dataset, True)  # without the mapped arrays
 
     def __str__(self) -> str:
         return str(self.storage)
@@ -93,18 +95,22 @@ class ShardSet:
 
     @cached_property
     def frames(self) -> np.ndarray:
-        """The rows of all frames (shards.schema.frame_dtype), mapped from disk. Raises ValueError if damaged."""
+        """The rows of all frames (shards.schema.frame_dtype), mapped from disk. Raises DamagedIndexError."""
+        if self.in_worker and read_dataset(self.storage.read(DATASET_FILE)) != self.dataset:
+            raise DamagedIndexError(f"{self.storage}: was replaced by another set while it was in use; start again")
         rows = map_rows(self.index_path(FRAMES_FILE), frame_dtype, "name")
         if len(rows) != int(self.sequences["count"].sum()):
-            raise ValueError(f"{self.storage}/{FRAMES_FILE}: has {len(rows)} rows, not what {SEQUENCES_FILE} counts")
+            raise DamagedIndexError(
+                f"{self.storage}/{FRAMES_FILE}: has {len(rows)} rows, not what {SEQUENCES_FILE} counts"
+            )
         return rows
 
     @cached_property
     def sequences(self) -> np.ndarray:
-        """The rows of all sequences (shards.schema.sequence_dtype), mapped from disk. Raises ValueError if damaged."""
+        """The rows of all sequences (shards.schema.sequence_dtype), mapped from disk. Raises DamagedIndexError."""
         path = self.index_path(SEQUENCES_FILE)
         if sha256(path) != self.dataset["files"][SEQUENCES_FILE]["sha256"]:  # small, and its rows have no CRC
-            raise ValueError(f"{path}: not the one that {DATASET_FILE} describes; {MEND}")
+            raise DamagedIndexError(f"{path}: not the one that {DATASET_FILE} describes; {MEND}")
         return map_rows(path, sequence_dtype, "category", "name")
 
     def index_path(self, name: str) -> Path:

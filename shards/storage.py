@@ -20,6 +20,8 @@ from fsspec.utils import get_protocol
 log = logging.getLogger(__name__)
 
 RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost connection, is waited for
+OUTAGE_PAUSES = (30,) * 20  # after those, while frames are read: a run of days waits for ten minutes
+REFUSED = (401, 403, 404)  # statuses of HTTP for which waiting is no use
 HTTP_PATIENCE = 30  # seconds
 
 Result = TypeVar("Result")
@@ -125,21 +127,22 @@ class RemoteStorage:
     def read_spans(self, spans: list[Span]) -> list[bytes]:
         fs, root = _filesystem(self.url)
         parts: dict[Span, bytes] = {}
-        missing = spans
-        for pause in (*RETRY_PAUSES, None):
+        missing, tries = spans, 0
+        while True:
             paths = [f"{root}/{span.file}" for span in missing]
             found = fs.cat_ranges(paths, [s.start for s in missing], [s.end for s in missing], on_error="return")
             answers = dict(zip(missing, found, strict=True))
             parts |= {span: _answered(answer, span, self.url) for span, answer in answers.items() if _is_final(answer)}
             missing = [span for span in missing if span not in parts]
             if not missing:
-                break
+                return [parts[span] for span in spans]
             where, error = f"{self.url}/{missing[0].file}", answers[missing[0]]
-            if pause is None:
-                raise StorageError(f"{where}: not to be read in {len(RETRY_PAUSES) + 1} tries: {error!r}") from error
-            log.warning("%s: %r; trying again in %g s", where, error, pause)
-            time.sleep(pause)
-        return [parts[span] for span in spans]
+            pauses = RETRY_PAUSES if _is_refused(error) else (*RETRY_PAUSES, *OUTAGE_PAUSES)
+            if tries == len(pauses):
+                raise StorageError(f"{where}: not to be read in {tries + 1} tries: {error!r}") from error
+            log.warning("%s: %r; trying again in %g s", where, error, pauses[tries])
+            time.sleep(pauses[tries])
+            tries += 1
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -168,6 +171,10 @@ def _tried(where: str, call: Callable[[], Result]) -> Result:
 def _is_final(answer: bytes | Exception) -> bool:
     """Whether asking again would change nothing: bytes, or a file that ends before (HTTP's 416)."""
     return isinstance(answer, bytes) or getattr(answer, "status", None) == 416
+
+
+def _is_refused(error: Exception) -> bool:
+    return isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in REFUSED
 
 
 def _answered(answer: bytes | Exception, span: Span, url: str) -> bytes:

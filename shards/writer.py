@@ -28,10 +28,15 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         if error.filename not in (None, str(temporary)):  # not of this file
             raise
-        full = ", is the disk full?" if error.errno in FULL else ""
-        raise OSError(f"{path}: cannot be written{full} ({error.strerror})") from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """What went wrong, with the name that is missing in the system's own words."""
+    full = ", is the disk full?" if error.errno in FULL else ""
+    return OSError(f"{path}: cannot be written{full} ({error.strerror})")
 
 
 def _sync_folder(path: Path) -> None:

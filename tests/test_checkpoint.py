@@ -46,8 +46,63 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path):
     assert find_newest(tmp_path) is None
     save(tmp_path, 1, content(1), CheckpointConfig())
     step_file(tmp_path, 1).write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 1 checkpoints is whole"):
+    for _ in range(2):  # what the first start has set aside is still there for the second to see
+        with pytest.raises(ValueError, match=r"none of the checkpoints is whole \(there is latest, step-00000001\.pt"):
+            find_newest(tmp_path)
+    step_file(tmp_path, 1).with_suffix(".pt.damaged").unlink()
+    with pytest.raises(ValueError, match=r"there is latest"):
         find_newest(tmp_path)
+
+
+def test_a_damaged_checkpoint_goes_once_a_whole_one_of_as_many_steps_is_there(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step, content(step), CheckpointConfig(keep=5))
+    step_file(tmp_path, 2).write_bytes(b"x")
+    assert find_newest(tmp_path) == step_file(tmp_path, 1)
+    save(tmp_path, 1, content(1), CheckpointConfig(keep=5))
+    assert step_file(tmp_path, 2).with_suffix(".pt.damaged").exists()
+    save(tmp_path, 2, content(2), CheckpointConfig(keep=5))
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+def test_copies_that_somebody_made_are_no_checkpoints(tmp_path):
+    save(tmp_path, 7, content(7), CheckpointConfig())
+    for name in ("step-00000012 (copy).pt", "step-.pt", "step-12.pt", "step-00000012.pt.bak"):
+        (tmp_path / name).write_bytes(b"x")
+    assert steps_saved(tmp_path) == [7]
+    assert find_newest(tmp_path) == step_file(tmp_path, 7)
+    step_file(tmp_path, 7).unlink()
+    with pytest.raises(ValueError, match="none of the checkpoints is whole"):
+        find_newest(tmp_path)
+
+
+def test_killed_before_latest_was_linked_it_is_linked_by_the_next_start(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step, content(step), CheckpointConfig())
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("step-00000001.pt")
+    assert find_newest(tmp_path, repair=False) == step_file(tmp_path, 2)
+    assert (tmp_path / "latest").resolve() == step_file(tmp_path, 1)
+    assert find_newest(tmp_path) == step_file(tmp_path, 2)
+    assert (tmp_path / "latest").resolve() == step_file(tmp_path, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, value):
+    save(tmp_path, 1, content(1), CheckpointConfig())
+    with pytest.raises(ValueError, match=r"step 2: 1 weights are not finite any more \(w\)"):
+        save(tmp_path, 2, content(value), CheckpointConfig())
+    assert find_newest(tmp_path) == step_file(tmp_path, 1)
+    assert steps_saved(tmp_path) == [1]
+
+
+def test_among_ten_thousand_checkpoints_the_newest_is_found_at_once(tmp_path):
+    save(tmp_path, 1, content(1), CheckpointConfig())
+    for step in range(2, 10_001):
+        step_file(tmp_path, step).hardlink_to(step_file(tmp_path, 1))
+    assert find_newest(tmp_path) == step_file(tmp_path, 10_000)
+    save(tmp_path, 10_001, content(2), CheckpointConfig(keep=2))
+    assert steps_saved(tmp_path) == [10_000, 10_001]
 
 
 KILLED_IN_SAVE = """
@@ -109,7 +164,7 @@ from train.checkpoint import CheckpointConfig, save
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
-    save(Path(sys.argv[1]), 2, {"model": torch.rand(10**6)}, CheckpointConfig())
+    save(Path(sys.argv[1]), 2, {"model": {"w": torch.rand(10**6)}}, CheckpointConfig())
 except OSError as error:
     print(error)
 """

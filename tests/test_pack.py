@@ -444,7 +444,7 @@ def test_sequences_that_are_too_short_are_left_out(editable, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 sequence left out: too few usable frames" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report == {"train-000000": {"bad": [], "short": [[f"train/{category}/{name}", 23]]}}
+    assert report == {"train-000000": {"bad": [], "short": [[f"train/{category}/{name}", 23]], "doubtful": []}}
 
 
 def test_frames_without_depth_are_packed_as_camera_only(editable, tmp_path):

@@ -45,7 +45,7 @@ def test_nothing_of_the_environment_is_written_down(whole_run):
 def test_a_run_leaves_everything_that_is_promised(whole_run):
     out, said = whole_run
     assert sorted(p.name for p in out.iterdir()) == [
-        *("checkpoints", "config.yaml", "contact_sheet.png", "metrics.jsonl", "tensorboard", "validation.jsonl")
+        *("checkpoints", "config.yaml", "contact_sheet.png", "lock", "metrics.jsonl", "tensorboard", "validation.jsonl")
     ]
     assert (out / "checkpoints" / "latest").resolve().name == "step-00000008.pt"
     assert yaml.safe_load((out / "config.yaml").read_text())["max_steps"] == 8
@@ -346,9 +346,9 @@ def test_under_torchrun_an_error_is_said_once_and_ends_its_report(tmp_path):
 
 def test_steps_that_are_not_finite_are_skipped_listed_and_limited(shard_dir, published, tmp_path):
     state = torch.load(published, weights_only=True)
-    state["depth_head.norm.weight"][0] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    options = (f"init={tmp_path / 'nan.pt'}", "max_steps=8", "max_skipped=2")
+    state["depth_head.norm.weight"][0] = 3e38  # overflows at once
+    torch.save(state, tmp_path / "huge.pt")
+    options = (f"init={tmp_path / 'huge.pt'}", "max_steps=8", "max_skipped=2")
     done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, *options)
     assert done.returncode == 1
     assert "3 steps in a row were not finite" in done.stderr

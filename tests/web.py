@@ -25,6 +25,10 @@ class RangeHandler(PlainHandler):
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
         time.sleep(self.server.latency)
+        if self.command == "GET" and self.server.stalled and self.server.stalled in self.path:
+            self.server.ended.wait(300)
+            self.close_connection = True
+            return None
         if self.server.failures:
             self.server.failures -= 1
             self.send_error(503)
@@ -51,16 +55,19 @@ class RangeHandler(PlainHandler):
 def served(folder, handler=RangeHandler):
     """The server of `folder`: its .url, its .requests as (method, path, range).
 
-    It waits .latency seconds before each answer, and the next .failures requests fail.
+    It waits .latency seconds before each answer, and the next .failures requests fail. What is asked of paths that
+    hold the text .stalled gets no answer at all.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
-    server.requests, server.latency, server.failures = [], 0, 0
+    server.requests, server.latency, server.failures, server.stalled = [], 0, 0, ""
+    server.ended = threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield server
     finally:
+        server.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

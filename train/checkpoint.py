@@ -132,7 +132,9 @@ def find_newest(folder: Path, *, repair: bool = True) -> Path | None:
             if repair and (folder / LATEST).resolve() != path.resolve():  # killed before it was linked
                 _link(folder, LATEST, path)
             return path
-        log.warning("%s is damaged (%s)%s; taking the one before", path, damaged, " and set aside" if repair else "")
+        log.warning(
+            "%s is damaged (%s)%s; looking for the one before", path, damaged, " and set aside" if repair else ""
+        )
         if repair:
             path.rename(path.with_name(path.name + DAMAGED))
     traces = [path.name for path in folder.glob("step-*") if path.suffix != ".tmp"]

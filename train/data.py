@@ -129,9 +129,13 @@ def check_batch(batch: dict[str, Any]) -> dict[str, float]:
 def cross_view_agreement(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) -> float | None:
     """The share of view 0's points whose depth another view confirms, of those that it has a depth for.
 
-    depth [S, H, W] (0: unknown), extrinsics [S, 3, 4], intrinsics [S, 3, 3]. None if there are none. Right data does
-    not reach 1, as views hide things from each other; to leave out what seems hidden would let wrong cameras pass.
+    depth [S, H, W] (0: unknown), extrinsics [S, 3, 4], intrinsics [S, 3, 3]. None without depth in view 0 and another
+    one; 0 if there is depth, but no point of view 0 falls where another has some, as with depths in a wrong unit. Right
+    data does not reach 1, as views hide things from each other; to leave out what seems hidden would let wrong cameras
+    pass.
     """
+    if not (depth[0] > 0).any() or not (depth[1:] > 0).any():
+        return None
     points = drawing.unproject(np.where(depth[0] > 0, depth[0], np.nan), extrinsics[0], intrinsics[0])
     agree = compared = 0
     for other in range(1, len(depth)):
@@ -140,12 +144,12 @@ def cross_view_agreement(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: 
         known = (there > 0) & np.isfinite(z)
         compared += int(known.sum())
         agree += int((np.abs(there[known] / z[known] - 1) < AGREEMENT).sum())
-    return agree / compared if compared else None
+    return agree / compared if compared else 0.0
 
 
 def print_checks(checks: dict[str, float]) -> None:
     if not checks:
-        print("cross-view check: no scene has depth that two views share")
+        print("cross-view check: not possible, as no scene has depth in two views")
         return
     shares = np.array(list(checks.values()))
     print(
@@ -153,10 +157,13 @@ def print_checks(checks: dict[str, float]) -> None:
         f"{AGREEMENT:.0%} at {np.median(shares):.0%} of the pixels (median; 10% of the scenes are below "
         f"{np.percentile(shares, 10):.0%}); what one view hides from the other cannot agree"
     )
+    apart = sum(share == 0 for share in checks.values())
+    if apart:
+        print(f"  In {apart} of them no point of the first view agrees with another view.")
     worst = sorted(checks, key=lambda key: checks[key])[:3]
     print("  least: " + ", ".join(f"{key} {checks[key]:.0%}" for key in worst))
     if np.median(shares) < DOUBTFUL:
-        print("  Cameras, depth scale or intrinsics are probably wrong: look at vggt-prep preview.")
+        print("  Cameras, depth unit or intrinsics are probably wrong: look at vggt-prep preview.")
 
 
 def draw_batch(batch: dict[str, Any]) -> np.ndarray:

@@ -34,7 +34,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from shards import DamagedMemberError, ShardSet, StorageError
+from shards import DamagedIndexError, DamagedMemberError, ShardSet, StorageError
 from shards.codecs import decode_depth, decode_jpeg
 from shards.pixels import nearest
 from shards.processes import end_with_parent
@@ -325,7 +325,7 @@ def load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
                 ahead = following and reader.submit(read_step, split, following)
                 yield load_step(split, step, members.result())
                 step, members = following, ahead
-        except (DamagedMemberError, StorageError) as error:
+        except (DamagedIndexError, DamagedMemberError, StorageError) as error:
             yield {"error": str(error)}
 
 

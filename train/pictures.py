@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from shards import drawing
+from shards.writer import atomic_file
 from train.metrics import depth_scale
 from train.prepare import Batch
 from vggt.geometry import decode_pose
@@ -79,7 +80,8 @@ def contact_sheet(scenes: list[SceneResult], title: str) -> np.ndarray:
 
 def save_picture(path: Path, image: np.ndarray) -> None:
     """An RGB picture [H, W, 3] as a file. Raises OSError."""
-    path.write_bytes(cv2.imencode(path.suffix, image[..., ::-1])[1].tobytes())
+    with atomic_file(path) as file:
+        file.write(cv2.imencode(path.suffix, image[..., ::-1])[1].tobytes())
 
 
 def scene_block(scene: SceneResult) -> np.ndarray:

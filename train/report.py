@@ -6,7 +6,10 @@ import json
 import logging
 import math
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shards.writer import atomic_file, cannot_write
 
 METRICS_FILE = "metrics.jsonl"
 SCENES_FILE = "validation.jsonl"  # the figures of each scene, a line a validation
@@ -33,10 +38,10 @@ class Reporter:
             return
         for name in (METRICS_FILE, SCENES_FILE):
             _drop_after(out_dir / name, first_step if resumed else -1)  # not even the start is that of another run
-        self._metrics = (out_dir / METRICS_FILE).open("a", encoding="utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # protobuf's, on import
             from torch.utils.tensorboard import SummaryWriter
+        threading.excepthook = _tell_of_thread
         self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step)
         self._progress = Progress(
             TextColumn("training"),
@@ -59,8 +64,8 @@ class Reporter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.is_main:
             self._progress.stop()
-            self._metrics.close()
-            self._board.close()
+            with self._board_errors():
+                self._board.close()
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -75,24 +80,31 @@ class Reporter:
         """One line of metrics.jsonl, and a TensorBoard point for each value."""
         if not self.is_main:
             return
-        line = {"step": step, "split": split} | finite_or_none(values)
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        append_line(self.out_dir / METRICS_FILE, {"step": step, "split": split} | finite_or_none(values))
+        with self._board_errors():
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(f"{split}/{name}", value, step)
 
     def scenes(self, step: int, plan: dict[str, Any], names: list[str], figures: list[dict[str, float]]) -> None:
         """One line of validation.jsonl: the figures of each scene of a validation."""
         if not self.is_main:
             return
         scenes = [{"scene": name} | finite_or_none(values) for name, values in zip(names, figures, strict=True)]
-        with (self.out_dir / SCENES_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "plan": plan, "scenes": scenes}) + "\n")
+        append_line(self.out_dir / SCENES_FILE, {"step": step, "plan": plan, "scenes": scenes})
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         if self.is_main:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            with self._board_errors():
+                self._board.add_image(name, image, step, dataformats="HWC")
+
+    @contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        """TensorBoard writes in a thread: what goes wrong there is raised by the next call, without a name."""
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self.out_dir / "tensorboard", error) from error
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """The training line after `step` steps."""
@@ -109,6 +121,21 @@ class Reporter:
 def finite_or_none(values: dict[str, float]) -> dict[str, float | None]:
     """JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Add an object to a file of one a line."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _tell_of_thread(error: threading.ExceptHookArgs) -> None:
+    """Python's own traceback, but not of TensorBoard's thread, whose error comes back from its next call."""
+    if not type(error.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(error)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -128,6 +155,5 @@ def _drop_after(path: Path, step: int) -> None:
     """Forget the lines of steps that a resumed run takes again."""
     if path.exists():
         lines = [line for line in read_lines(path) if line["step"] <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
