@@ -221,6 +221,11 @@ def test_null_fields_and_scales(official):
     [
         (lambda f: f.update(viewpoint=None), "annotation without a camera"),
         (lambda f: f["viewpoint"].pop("T"), "annotation without T"),
+        (lambda f: f["viewpoint"].update(T=["0", "0", "1"]), "annotation whose T is not of numbers"),
+        (lambda f: f["viewpoint"].update(T=[0, None, 1]), "annotation whose T is not of numbers"),
+        (lambda f: f["viewpoint"].update(T=[True, False, True]), "annotation whose T is not of numbers"),
+        (lambda f: f["viewpoint"].update(R=[[1, 0, 0], [0, 1]]), "annotation without R"),
+        (lambda f: f["depth"].update(scale_adjustment=1e25), "annotation whose scale_adjustment is not"),
         (lambda f: f["viewpoint"].update(R=[[1, 0], [0, 1]]), "annotation whose R is not 3x3"),
         (lambda f: f["viewpoint"].update(intrinsics_format="pixels"), "annotation with an intrinsics_format other"),
         (lambda f: f["depth"].update(path="../../secret.png"), "annotated path is not <category>/<sequence>/depths"),

@@ -108,3 +108,11 @@ def test_export_refuses_what_is_no_checkpoint_of_the_trainer(run, tmp_path):
     done = run_command("python", "-m", "train.export", run / "init.pt", "--out", tmp_path / "out.pt")
     assert done.returncode == 1
     assert "init.pt: no checkpoint of the trainer, it has no config, model_config" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["x.foo", "x.PT", "model.safetensor"])
+def test_a_name_with_another_ending_is_no_folder(run, tmp_path, name):
+    done = export(run, tmp_path / name)
+    assert done.returncode == 1
+    assert f"{name}: expected a name that ends in .pt or .safetensors, or one of a folder" in done.stderr
+    assert not (tmp_path / name).exists()

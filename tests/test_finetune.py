@@ -75,9 +75,10 @@ def test_make_finetune_takes_real_captures_in_the_same_place(checkout, co3d_mini
     real = (f"CO3D_DIR={co3d_mini / 'co3d'}", f"CO3D_ANNOTATION_DIR={co3d_mini / 'annotations'}")
     for processes in (1, 2):
         steps = f"ARGS=max_steps={30 // processes} log_every=5"
-        done = make(checkout, "finetune", *real, f"NPROC={processes}", f"RUN=real{processes}", steps)
+        name = f"real run #{processes}"
+        done = make(checkout, "finetune", *real, f"NPROC={processes}", f"RUN={name}", steps)
         assert done.returncode == 0, done.stderr
-        trained = [line for line in figures(checkout / "runs" / f"real{processes}") if line["split"] == "train"]
+        trained = [line for line in figures(checkout / "runs" / name) if line["split"] == "train"]
         assert trained[-1]["loss_objective"] < 0.8 * trained[0]["loss_objective"]
     assert not (checkout / "data" / "shards").is_symlink()
     assert (checkout / "data" / "demo" / "shards" / "dataset.json").exists()

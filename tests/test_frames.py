@@ -144,6 +144,7 @@ ROTATION = np.eye(4)[:3]
         (lambda f: f.image.unlink(), "image is missing"),
         (lambda f: f.image.write_bytes(f.image.read_bytes()[:2000]), "image is damaged"),
         (lambda f: f.image.write_bytes(b""), "image is damaged"),
+        (lambda f: f.image.write_bytes(cv2.imencode(".png", np.zeros((9, 9)))[1].tobytes()), "image is not a JPEG"),
         (lambda f: f.depth.unlink(), "depth is missing"),
         (lambda f: f.depth.write_bytes(f.depth.read_bytes()[:-500]), "depth is truncated"),
         (lambda f: f.depth.write_bytes(b"IEND\xaeB`\x82"), "depth is damaged"),
@@ -157,6 +158,11 @@ ROTATION = np.eye(4)[:3]
         (lambda f: f.camera.intrinsics.__setitem__((0, 1), 2), "intrinsics are skewed"),
         (lambda f: f.camera.intrinsics.__setitem__((0, 0), -300), "intrinsics are not"),
         (lambda f: f.camera.intrinsics.__setitem__((1, 2), 230), "principal point is far from the centre"),
+        (lambda f: f.camera.intrinsics.__setitem__((0, 0), 1e300), "focal length is impossible"),
+        (lambda f: f.camera.intrinsics.__imul__([[0.001], [0.001], [1]]), "focal length is impossible"),
+        (lambda f: f.camera.intrinsics.__setitem__((0, 0), 2000), "fx and fy are too different"),
+        (lambda f: f.camera.extrinsics.__setitem__((1, 3), 1e300), "camera is too far from the origin"),
+        (lambda f: f.camera.extrinsics.__setitem__((1, 3), -2e9), "camera is too far from the origin"),
     ],
 )
 def test_a_frame_that_cannot_be_used_says_why(make_frame, change, reason):

@@ -544,6 +544,7 @@ def wrong_json(captures):
         (None, ("--out", "FILE"), "expected a directory"),
         (None, ("--out", "s3://bucket/set"), "expected a place on this machine"),
         (None, ("--max-bad", "nan"), "nan is not a number"),
+        (None, ("--annotation-dir", "/no/:x:/[red]dir"), "--annotation-dir /no/:x:/[red]dir: no such directory"),
         (None, ("--set-list", "fewview_dev"), "not with --annotation-dir"),
         (None, ("--scheduler", "bogus"), "expected an address like tcp://host:8786"),
         (empty_annotation, (), "not a readable gzipped JSON file"),
@@ -574,3 +575,16 @@ def test_real_captures_pack(co3d_mini, tmp_path):
     opened = shards.open(tmp_path / "out")
     assert len(opened.frames) == 150
     assert set(opened.frames["height"]) == {240}
+
+
+def test_names_are_printed_as_they_are_and_quoted_where_they_are_to_be_typed(captures, tmp_path):
+    """Not as markup, nor as pictures: `:x:` is a red cross for the library that prints."""
+    folder = tmp_path / "my :x: [red]data"
+    done = vggt_prep("synth", "--out", folder, "--scenes", 8, "--frames", 1)
+    assert f"--co3d-dir '{folder}/co3d' --annotation-dir '{folder}/annotations'" in done.stdout
+    missing = vggt_prep("info", folder)
+    assert f"--out '{folder}'" in missing.stderr
+    out = tmp_path / "set :x: [red]"
+    packed = vggt_prep("pack", *source_options(captures), "--out", out, "--short-side", 40)
+    assert f"\n{out}: " in packed.stdout
+    assert vggt_prep("info", out).stdout.startswith(f"{out}: ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -145,6 +147,37 @@ def test_the_command_writes_a_scene_and_says_what_it_holds(tmp_path, checkpoint)
     assert trimesh.load(out).geometry
 
 
+def test_a_folders_files_that_are_no_images_are_counted_and_named(tmp_path, checkpoint):
+    photographs = write_photographs(tmp_path / "photos", [(60, 100)] * 2)
+    for name in ("a.heic", "b.gif", ".hidden"):
+        (photographs / name).write_bytes(b"x")
+    arguments = ("--checkpoint", checkpoint, "--out", tmp_path / "s.glb")
+    done = run_command("python", "-m", "vggt", photographs, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "2 files are no images that can be read, and skipped: a.heic, b.gif" in done.stderr
+    shutil.rmtree(photographs)
+    photographs.mkdir()
+    (photographs / "a.heic").write_bytes(b"x")
+    none = run_command("python", "-m", "vggt", photographs, *arguments)
+    assert "no images (1 other files, such as a.heic)" in none.stderr
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".GLB", ".Glb"])
+def test_a_scene_stands_upright_however_its_name_is_spelt(tmp_path, suffix):
+    predictions = {
+        "pose_enc": torch.tensor([[[0, 0, 0, 0, 0, 0, 1, 1.0, 1.0]]]),
+        "depth": torch.full((1, 1, 14, 14, 1), 2.0),
+        "depth_conf": torch.ones(1, 1, 14, 14),
+    }
+    images = torch.zeros(1, 3, 14, 14)
+    images[..., :7, :] = 1  # the upper half is white
+    path = tmp_path / f"scene{suffix}"
+    write_scene(path, predictions, images, keep=1)
+    (cloud,) = trimesh.load(path, file_type="glb").geometry.values()
+    white = cloud.vertices[np.asarray(cloud.colors)[:, :3].min(1) == 255]
+    assert white[:, 1].min() > 0, "y is up in glTF"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,6 +186,7 @@ def test_the_command_writes_a_scene_and_says_what_it_holds(tmp_path, checkpoint)
             "scene.obj: expected a name that ends in .glb or .ply",
         ),
         (("--checkpoint", "absent.pt", "--out", "scene.glb"), "absent.pt: no such file"),
+        (("--checkpoint", "absent.pt", "--out", "scene.glb", "--keep", "nan"), "--keep: expected a number"),
     ],
 )
 def test_the_command_refuses_in_one_line(tmp_path, checkpoint, arguments, message):

@@ -110,7 +110,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code + " print('held', flush=True); input()"], cwd=ROOT,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match="^busy$"), locked(tmp_path, "busy"):
+    with pytest.raises(ValueError, match=r"^busy$"), locked(tmp_path, "busy"):
         pass
     holder.kill()
     holder.communicate()

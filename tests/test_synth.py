@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 
 import cv2
 import numpy as np
 import pytest
-from conftest import vggt_prep
+from conftest import BIN, run_command, vggt_prep
 
 from prep.render import Box, Camera, Ground, Sphere, look_at, render
 from prep.synth import CATEGORIES, make_orbit, make_scene, stereo_depth
@@ -117,3 +118,32 @@ def test_the_same_seed_gives_the_same_files_with_any_number_of_workers(tmp_path)
     other = vggt_prep("synth", "--out", tmp_path / "1", "--scenes", 8, "--frames", 1, "--seed", 4)
     assert other.returncode == 1
     assert "not this rendering" in other.stderr
+
+
+def test_of_two_renderings_into_one_place_the_second_is_refused_and_the_first_finishes(tmp_path):
+    options = ("synth", "--out", tmp_path / "out", "--scenes", 12, "--frames", 24)
+    command = [BIN / "vggt-prep", *options]
+    first, second = (
+        subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    )
+    ends = [process.communicate(timeout=100) for process in (first, second)]
+    codes = sorted((first.returncode, second.returncode))
+    refused = [errors for (_, errors), process in zip(ends, (first, second), strict=True) if process.returncode]
+    assert codes[0] == 0, ends
+    assert all("another vggt-prep synth is at work there" in errors for errors in refused), ends
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    again = run_command("vggt-prep", *options)
+    assert "rendered before" in again.stdout
+
+
+def test_an_interrupted_rendering_is_made_again(tmp_path):
+    left = tmp_path / ".out.unfinished-synth" / "content" / "co3d"
+    left.mkdir(parents=True)
+    (left / "half.jpg").write_bytes(b"x")
+    done = run_command("vggt-prep", "synth", "--out", tmp_path / "out", "--scenes", 8, "--frames", 1)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("half.jpg"))
+    (tmp_path / "out" / "synth.json").write_text("")
+    again = run_command("vggt-prep", "synth", "--out", tmp_path / "out", "--scenes", 8, "--frames", 1)
+    assert "exists, and is not this rendering" in again.stderr

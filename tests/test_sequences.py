@@ -1,0 +1,165 @@
+"""Sequences as a whole: where their origin lies, whether their lengths fit, and which splits they are in."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from conftest import run_command, vggt_prep
+from runs import SCRATCH, run_trainer
+
+import shards
+from shards.splits import shared_places
+
+OPTIONS = ("--short-side", 80)
+
+
+def pack(captures, out, *options):
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
+    return vggt_prep("pack", *source, "--out", out, *OPTIONS, *options)
+
+
+@pytest.fixture
+def editable(captures, tmp_path):
+    shutil.copytree(captures, tmp_path / "captures")
+    return tmp_path / "captures"
+
+
+def rewrite(captures, change, pattern="*.jgz"):
+    """Apply change(split, sequences) to the annotation files, in place."""
+    for path in sorted((captures / "annotations").glob(pattern)):
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        change(path.stem.rpartition("_")[2], content)
+        path.write_bytes(gzip.compress(json.dumps(content).encode()))
+
+
+def poses(opened):
+    return np.array(opened.frames["extrinsics"])
+
+
+def centers(extrinsics):
+    return -np.einsum("nij,ni->nj", extrinsics[:, :, :3], extrinsics[:, :, 3])
+
+
+def test_coordinates_of_a_country_and_rounded_rotations_give_the_same_cameras_about_their_middle(editable, tmp_path):
+    """Rotations off by 1e-4 would put a camera that is 500 km from the origin off by 50 m, if transposed."""
+    far = np.array([500_000.0, 5_400_000.0, 300.0])
+    rng = np.random.default_rng(0)
+    assert pack(editable, tmp_path / "near").returncode == 0
+
+    def move(split, sequences):
+        for frames in sequences.values():
+            for frame in frames:
+                pose = np.array(frame["extri"])
+                center = -pose[:, :3].T @ pose[:, 3]
+                rotation = pose[:, :3] + rng.uniform(-1, 1, (3, 3)) * 1e-4
+                frame["extri"] = np.column_stack([rotation, -rotation @ (center + far)]).tolist()
+
+    rewrite(editable, move)
+    done = pack(editable, tmp_path / "far")
+    assert done.returncode == 0, done.stderr
+    near, moved = shards.open(tmp_path / "near"), shards.open(tmp_path / "far")
+    for row in moved.sequences:
+        part = slice(int(row["first"]), int(row["first"]) + int(row["count"]))
+        a, b = poses(near)[part], poses(moved)[part]
+        assert np.abs(b[:, :, :3] @ b[:, :, :3].transpose(0, 2, 1) - np.eye(3)).max() < 1e-14
+        assert np.abs(np.median(centers(b), axis=0)).max() < 1e-8
+        assert np.abs(centers(a) - centers(b)).max() < 1e-8  # of the scene's unit; the middle of both is the origin
+        assert np.abs(a[:, :, :3] - b[:, :, :3]).max() < 3e-4
+    assert run_command("vggt-prep", "verify", tmp_path / "far").returncode == 0
+
+
+def test_depth_in_another_unit_is_said_when_packing_and_by_the_check_of_the_data(editable, tmp_path):
+    """Millimetres as whole numbers, read as half floats: the commonest mistake."""
+    for path in (editable / "co3d").glob("*/*/depths/*.png"):
+        depth = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).view(np.float16).astype(np.float32)
+        millimetres = np.where(np.isfinite(depth), depth / np.median(depth[depth > 0]) * 2000, 0)  # a room
+        cv2.imwrite(str(path), millimetres.clip(0, 60000).astype(np.uint16))
+    done = pack(editable, tmp_path / "set")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("DOUBTFUL: ") == 6
+    assert "DOUBTFUL: 3 more sequences" in done.stdout
+    assert "are depths in another unit?" in done.stdout
+    report = json.loads((tmp_path / "set" / "report.json").read_text())
+    assert sum(len(part["doubtful"]) for part in report.values()) == 8
+    settings = (f"data.shards={tmp_path / 'set'}", "data.width=84", "data.views=[2, 4]", "max_img_per_gpu=12")
+    looked = run_command("python", "-m", "train.data", *settings, "--steps", 2, "--out", tmp_path)
+    assert looked.returncode == 0, looked.stderr
+    assert "Cameras, depth unit or intrinsics are probably wrong" in looked.stdout
+
+
+def test_depth_in_the_right_unit_is_not_doubted(captures, tmp_path, co3d_mini):
+    for source in (captures, co3d_mini):
+        done = pack(source, tmp_path / source.name)
+        assert done.returncode == 0, done.stderr
+        assert "DOUBTFUL" not in done.stdout
+
+
+@pytest.fixture(scope="module")
+def known_places(captures, tmp_path_factory):
+    """A set whose test split is the second half of what is trained on."""
+    folder = tmp_path_factory.mktemp("known")
+    shutil.copytree(captures, folder / "captures")
+    for path in (folder / "captures" / "annotations").glob("*_test.jgz"):
+        path.unlink()
+    for path in (folder / "captures" / "annotations").glob("*_train.jgz"):
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        halves = {name: (frames[::2], frames[1::2]) for name, frames in content.items()}
+        for number, split in enumerate(("train", "test")):
+            part = json.dumps({name: parts[number] for name, parts in halves.items()})
+            path.with_name(path.name.replace("train", split)).write_bytes(gzip.compress(part.encode()))
+    done = pack(folder / "captures", folder / "set", "--min-frames", 8)
+    assert done.returncode == 0, done.stderr
+    assert "7 sequences of the test split are also trained on (other frames of them)" in done.stdout
+    return folder / "set"
+
+
+def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, exported, tmp_path):
+    opened = shards.open(known_places)
+    places = shared_places([opened], "train", [opened], "test")
+    assert (places.sequences, places.tested, places.frames) == (7, 7, 0)
+    done = run_trainer(known_places, tmp_path / "run", *SCRATCH, "max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "of the test split, other frames of places that are trained on" in done.stdout
+    assert "never trained on" not in done.stdout
+    options = ("--shards", known_places, "--checkpoint", exported, "--out", tmp_path / "eval")
+    small = ("--min-frames", 8, "--views", 3, "--width", 56)
+    evaluated = run_command("python", "-m", "train.evaluate", *options, *small, OMP_NUM_THREADS="1")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "are other frames of places that are trained on: this does not tell" in evaluated.stdout
+    assert "other frames of places" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_frames_that_are_trained_and_tested_on_are_refused_unless_that_is_asked_for(editable, exported, tmp_path):
+    for path in (editable / "annotations").glob("*_train.jgz"):
+        shutil.copy(path, path.with_name(path.name.replace("train", "test")))
+    done = pack(editable, tmp_path / "set")
+    assert done.returncode == 1
+    assert "is in the train and in the test split, with 23 more frames of its sequence" in done.stderr
+    assert not (tmp_path / "set").exists()
+    done = pack(editable, tmp_path / "set", "--allow-shared-frames")
+    assert done.returncode == 0, done.stderr
+    run = run_trainer(tmp_path / "set", tmp_path / "run", *SCRATCH, "max_steps=1")
+    assert run.returncode == 1
+    assert "168 frames to test on are the same as frames to train on" in run.stderr
+    assert "data.allow_shared_frames=true" in run.stderr
+    run = run_trainer(tmp_path / "set", tmp_path / "run", *SCRATCH, "max_steps=1", "data.allow_shared_frames=true")
+    assert run.returncode == 0, run.stderr
+    assert "168 of whose frames are trained on" in run.stdout
+    options = ("--shards", tmp_path / "set", "--checkpoint", exported, "--out", tmp_path / "eval", "--min-frames", 24)
+    evaluated = run_command("python", "-m", "train.evaluate", *options, OMP_NUM_THREADS="1")
+    assert evaluated.returncode == 1
+    assert "or give --allow-shared-frames" in evaluated.stderr
+
+
+def test_equal_names_in_sets_of_other_captures_mean_nothing(shard_dir, tmp_path):
+    assert vggt_prep("synth", "--out", tmp_path / "other", "--scenes", 8, "--frames", 24, "--seed", 8).returncode == 0
+    assert pack(tmp_path / "other", tmp_path / "set").returncode == 0
+    one, two = shards.open(shard_dir), shards.open(tmp_path / "set")
+    assert set(one.sequences["name"]) == set(two.sequences["name"])
+    assert shared_places([one, two], "train", [one, two], "test").sequences == 0
+    assert shared_places([one], "train", [one], "train").frames == 168
