@@ -53,6 +53,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells expect it of a Ctrl-C
 
 
 def show(config: TrainConfig, steps: int, out: Path) -> None:

@@ -58,6 +58,8 @@ def main() -> None:
             evaluate(arguments, world)
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells expect it of a Ctrl-C
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,6 +86,8 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     labels: list[str] = arguments.checkpoint
     if len(set(labels)) < len(labels):
         raise ValueError(f"--checkpoint: one is given twice: {', '.join(labels)}")
+    if arguments.workers is not None and arguments.workers < 0:
+        raise ValueError(f"--workers: expected at least 0, found {arguments.workers}")
     shard_set = shards.open(arguments.shards)
     model = load_model(labels[0])
     protocol = Protocol(
@@ -92,7 +96,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         views=arguments.views,
         fast=arguments.protocol.endswith("fast"),
         seed=arguments.seed,
-        width=arguments.width or trained_width(labels) or model.config.image_size,
+        width=(trained_width(labels) or model.config.image_size) if arguments.width is None else arguments.width,
     )
     job = Job(
         split=Split([shard_set], protocol.split),

@@ -40,6 +40,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells expect it of a Ctrl-C
     print(f"{arguments.out}: {len(state):,} tensors, {trained:,} of them trained")
 
 

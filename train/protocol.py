@@ -32,6 +32,8 @@ class Protocol:
             raise ValueError(f"--views: expected at least 2, found {self.views}: poses are compared in pairs")
         if self.min_frames < self.views:
             raise ValueError(f"--min-frames {self.min_frames}: expected at least the {self.views} of --views")
+        if self.seed < 0:
+            raise ValueError(f"--seed: expected at least 0, found {self.seed}")
         if self.width < PATCH or self.width % PATCH:
             raise ValueError(f"--width: expected a multiple of {PATCH} pixels, found {self.width}")
 

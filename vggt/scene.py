@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vggt.geometry import decode_pose, invert_se3, transform_points, unproject
+from vggt.weights import whole_file
 
 MAX_POINTS = 1_000_000  # what viewers still turn smoothly
 CAMERA_SIZE = 0.06  # depth of a drawn camera, in median distances of the points from the first camera
@@ -79,9 +80,11 @@ def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep
     camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], height, width, size)
     count = len(points)
     points, colours = np.concatenate([points, camera_points]), np.concatenate([colours, camera_colours])
-    if path.suffix.lower() == ".glb":
-        points = points * np.array([1, -1, -1], np.float32)
-        trimesh.Scene([trimesh.PointCloud(points, colours)]).export(path)
-    else:
-        trimesh.PointCloud(points, colours).export(path)
+    kind = path.suffix.lower().removeprefix(".")
+    with whole_file(path) as temporary:
+        if kind == "glb":
+            points = points * np.array([1, -1, -1], np.float32)
+            trimesh.Scene([trimesh.PointCloud(points, colours)]).export(temporary, file_type=kind)
+        else:
+            trimesh.PointCloud(points, colours).export(temporary, file_type=kind)
     return count

@@ -162,7 +162,7 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str,
     if folder.suffix in FILE_SUFFIXES or folder.is_file():
         raise ValueError(f"{folder}: expected the name of a folder, which gets {WEIGHT_FILES[0]} and {CONFIG_FILE}")
     write_file(folder / WEIGHT_FILES[0], state)
-    with _whole_file(folder / CONFIG_FILE) as temporary:
+    with whole_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
@@ -173,7 +173,7 @@ def write_file(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
     dict, as the published one.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
             temporary.touch()
             mode = temporary.stat().st_mode
@@ -185,7 +185,7 @@ def write_file(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to; what is written there is then on disk as `path`, or gone after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")  # another process may be writing the same file
