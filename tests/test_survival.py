@@ -153,15 +153,23 @@ def test_a_disk_that_is_full_from_the_start_is_one_clear_line(shard_dir, tmp_pat
 # A stop is heard
 
 
-@pytest.mark.parametrize("how", ["terminal", "nohup"])
+@pytest.mark.parametrize("how", ["terminal", "nohup", "silent"])
 def test_a_lost_terminal_saves_the_run_unless_it_is_to_be_ignored(shard_dir, tmp_path, how):
-    """The terminal takes what is printed with it: each line after that is an error."""
+    """The terminal takes what is printed with it: each line after that is an error, also if no signal says so."""
     out = tmp_path / "run"
-    command = [*(["nohup"] if how == "nohup" else []), *map(str, trainer(shard_dir, out, *SCRATCH, *STEPS))]
+    ignore = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]  # as nohup does
+    command = [*(ignore if how == "nohup" else []), *map(str, trainer(shard_dir, out, *SCRATCH, *STEPS))]
     master, slave = pty.openpty()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup themselves
     )
     os.close(slave)
     os.set_blocking(master, False)
@@ -170,7 +178,11 @@ def test_a_lost_terminal_saves_the_run_unless_it_is_to_be_ignored(shard_dir, tmp
         with suppress(OSError):
             os.read(master, 1 << 16)  # or it would wait for somebody to read
         time.sleep(0.02)
-    if how == "nohup":
+    if how == "silent":
+        os.close(master)
+        wait_for_step(out, last_step(out) + 3, process)
+        os.kill(process.pid, signal.SIGTERM)
+    elif how == "nohup":
         os.kill(process.pid, signal.SIGHUP)
         reached = last_step(out)
         wait_for_step(out, reached + 2, process)
@@ -205,6 +217,7 @@ def test_a_signal_before_the_first_step_ends_it_at_once(shard_dir, tmp_path, num
         assert not out.exists()
     else:
         assert process.returncode == 0, said
+        assert "stopped before the first step" in said
         assert (out / "requeue").exists()
         assert not (out / "checkpoints").exists()
 
@@ -314,7 +327,6 @@ def test_ranks_and_workers_that_are_stopped_for_a_while_go_on(shard_dir, tmp_pat
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 def test_somebody_who_may_not_write_is_told_where_and_shards_need_only_be_read(shard_dir, tmp_path_factory):
-    from train.distributed import World
     from train.main import locked_folder
 
     place = tmp_path_factory.mktemp("others")
@@ -332,9 +344,9 @@ def test_somebody_who_may_not_write_is_told_where_and_shards_need_only_be_read(s
             opened = shards.open(place / "set")
             assert opened.read(0)
             try:
-                with locked_folder(place / "run", World(0, 1, 1, torch.device("cpu"))):
+                with locked_folder(place / "run"):
                     pass
-            except ValueError as error:
+            except OSError as error:
                 code = 0 if f"{place}/run/lock" in str(error) else 2
         finally:
             os._exit(code)

@@ -66,32 +66,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step there is nothing to save, nor to explain
     try:
         config = load_config(arguments.config, arguments.overrides)
-        with start_world(tf32=config.tf32) as world:
-            if arguments.dry_run:
-                run(config, world, dry_run=True)
-            else:
-                with locked_folder(Path(config.out_dir), world):
-                    run(config, world, dry_run=False)
+        with start_world(tf32=config.tf32) as world, ExitStack() as held:
+            run(config, world, held, dry_run=arguments.dry_run)
     except (ValueError, OSError) as error:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         fail(error)
 
 
-@contextmanager
-def locked_folder(out_dir: Path, world: World) -> Iterator[None]:
-    """Make the folder of the run, for this run alone. Raises ValueError if another trainer is at work there."""
-
-    def lock() -> None:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(out_dir, f"{out_dir}: another trainer is at work there; give another out_dir"))
-
-    with ExitStack() as held:
-        world.from_main(lock)
-        yield
-
-
-def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
+def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) -> None:
+    """A run, from its configuration to its summary. held: closed at its end, keeps the folder for this run alone."""
     # Data
     if not config.data.sources:
         raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack, or its URL")
@@ -106,6 +90,8 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
 
     # Model
     out_dir = Path(config.out_dir)
+    if not dry_run:
+        world.from_main(lambda: held.enter_context(locked_folder(out_dir)))
     newest = world.from_main(lambda: find_start(config, out_dir, repair=not dry_run))
     saved = None if newest is None else load(newest)
     if saved is not None:
@@ -178,10 +164,20 @@ def run(config: TrainConfig, world: World, *, dry_run: bool) -> None:
     # Summary
     if not world.is_main:
         return
-    if stopped:
+    if stopped and steps_saved(out_dir / "checkpoints"):
         reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command resumes from there")
+    elif stopped:
+        reporter.say("stopped before the first step; the same command starts it again")
     else:
         reporter.say(describe_run(config, out_dir, shared_with_val))
+
+
+@contextmanager
+def locked_folder(out_dir: Path) -> Iterator[None]:
+    """Make the folder of a run, for this run alone. Raises ValueError if another trainer is at work there."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with locked(out_dir, f"{out_dir}: another trainer is at work there; give another out_dir"):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

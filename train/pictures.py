@@ -92,7 +92,7 @@ def scene_block(scene: SceneResult) -> np.ndarray:
     """
     views = min(MAX_VIEWS, len(scene.images))
     truth = np.where(scene.mask[:views].numpy(), scene.truth[:views].numpy(), 0)
-    predicted = None if scene.predicted is None else scene.predicted[:views].numpy() * scene.scale
+    predicted = None if scene.predicted is None else (scene.predicted[:views] * scene.scale).numpy()
     near, far = drawing.near_and_far(truth if truth.any() or predicted is None else predicted)
     rows = {"input": (scene.images[:views].numpy().transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)}
     if predicted is not None:

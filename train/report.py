@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import threading
 import warnings
@@ -63,13 +64,26 @@ class Reporter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.is_main:
-            self._progress.stop()
+            with self._terminal():
+                self._progress.stop()
             with self._board_errors():
                 self._board.close()
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self.console.print(text)
+        with self._terminal():
+            self.console.print(text)
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """A run outlives the terminal, or the pipe, that it prints to: then it prints nowhere."""
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
     def has_validation(self, step: int, plan: dict[str, Any]) -> bool:
         """Whether validation.jsonl, which is written last, has this step and plan (on the main rank)."""

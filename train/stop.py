@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +21,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self._waits = False
-        self._terminals: list[int] = []
 
     def listen(self) -> None:
         """Take note of signals from now on. Until then each kills as usual, as there is nothing to save.
 
         What is ignored stays so: under nohup a lost terminal must not stop a run.
         """
-        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
@@ -37,17 +34,8 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL if number in IMPATIENT else signal.SIG_IGN)
-        if number == signal.SIGHUP:
-            self._leave_terminal()
         if self._waits:
             raise Interrupted
-
-    def _leave_terminal(self) -> None:
-        """The terminal is gone, and every line printed to it would be an error that keeps the run from saving."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in self._terminals:
-            os.dup2(nowhere, stream)
-        os.close(nowhere)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
