@@ -10,13 +10,14 @@ import time
 import torch
 from conftest import BIN, ROOT, run_command
 
-# Every step is a checkpoint.
+# Every step is a checkpoint. The trainer loads its data itself: a worker takes as long to start as all of a short run.
 SMALL = [
     *("model.preset=tiny", "precision=fp32", "data.width=56", "data.views=[2, 3]", "data.val_scenes=2"),
     *("data.val_views=3", "max_img_per_gpu=6", "accum_steps=2", "log_every=1", "optim.lr=1e-3"),
-    *("checkpoint.every=1", "checkpoint.keep=20", "val_every=100"),
+    *("checkpoint.every=1", "checkpoint.keep=20", "val_every=100", "data.workers=0"),
 ]
 SCRATCH = ["model.freeze=[]"]
+WORKER = "data.workers=1"
 LOCAL = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 

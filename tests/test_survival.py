@@ -15,7 +15,7 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import ROOT, run_command
-from runs import SCRATCH, assert_same_run, run_trainer, start, trainer
+from runs import SCRATCH, WORKER, assert_same_run, run_trainer, start, trainer
 from web import RangeHandler, served
 
 import shards
@@ -24,7 +24,7 @@ from train.loader import NoDataError, Split, TrainingSteps, stream
 from train.plan import DataConfig, TrainingPlan
 from train.report import Reporter, read_lines
 
-STEPS = ["max_steps=2000", "checkpoint.every=5000"]
+STEPS = ["max_steps=2000", "checkpoint.every=5000", WORKER]
 
 
 def wait_for_step(out, step, process, timeout=150):
@@ -134,7 +134,7 @@ def test_lines_of_a_log_that_are_no_text_or_no_step_are_passed_over(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file system that is full")
-@pytest.mark.parametrize("size", ["8k", "16k", "140k"])
+@pytest.mark.parametrize("size", ["16k", *(pytest.param(size, marks=pytest.mark.slow) for size in ("8k", "140k"))])
 def test_a_disk_that_is_full_from_the_start_is_one_clear_line(shard_dir, tmp_path, size):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -153,7 +153,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_clear_line(shard_dir, tmp_pat
 # A stop is heard
 
 
-@pytest.mark.parametrize("how", ["terminal", "nohup", "silent"])
+@pytest.mark.parametrize("how", ["terminal", *(pytest.param(h, marks=pytest.mark.slow) for h in ("nohup", "silent"))])
 def test_a_lost_terminal_saves_the_run_unless_it_is_to_be_ignored(shard_dir, tmp_path, how):
     """The terminal takes what is printed with it: each line after that is an error, also if no signal says so."""
     out = tmp_path / "run"
@@ -196,8 +196,15 @@ def test_a_lost_terminal_saves_the_run_unless_it_is_to_be_ignored(shard_dir, tmp
     assert (out / "requeue").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("number", "dry"),
+    [
+        (signal.SIGINT, True),
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_before_the_first_step_ends_it_at_once(shard_dir, tmp_path, number, dry):
     """Here while data does not come: in a dry run, or in the validation at the start."""
     out = tmp_path / "run"
@@ -238,10 +245,11 @@ def test_a_stop_is_heard_while_data_does_not_come_and_nothing_is_lost(shard_dir,
     assert saved_step(out) == reached
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.dist, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.dist)])
 def test_a_stop_is_heard_in_a_validation_and_the_validation_is_made_up_for(shard_dir, tmp_path, processes):
     out = tmp_path / "run"
-    options = ("max_steps=4", "val_every=2", "checkpoint.every=3")
+    options = ("max_steps=4", "val_every=2", "checkpoint.every=3", WORKER)
     with served(shard_dir, RangeHandler) as server:
         process = start(trainer(server.url, out, *SCRATCH, *options, processes=processes))
         wait_for_step(out, 1, process)  # after the validation at the start
@@ -261,7 +269,8 @@ def test_a_stop_is_heard_in_a_validation_and_the_validation_is_made_up_for(shard
 # What comes and goes under it
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.dist, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.dist)])
 def test_data_that_is_gone_for_good_ends_the_run_but_what_was_trained_is_saved(shard_dir, tmp_path, processes):
     shutil.copytree(shard_dir, tmp_path / "set")
     out = tmp_path / "run"
@@ -310,7 +319,7 @@ def test_a_set_that_is_replaced_under_a_run_is_noticed_by_new_workers(shard_dir,
 @pytest.mark.dist
 def test_ranks_and_workers_that_are_stopped_for_a_while_go_on(shard_dir, tmp_path):
     for name, pause in (("whole", False), ("paused", True)):
-        process = start(trainer(shard_dir, tmp_path / name, *SCRATCH, "max_steps=30", processes=2))
+        process = start(trainer(shard_dir, tmp_path / name, *SCRATCH, "max_steps=30", WORKER, processes=2))
         wait_for_step(tmp_path / name, 3, process)
         if pause:
             listed = subprocess.run(["pgrep", "-f", str(tmp_path / name)], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import run_command, vggt_prep
-from runs import SCRATCH, assert_same_run, checkpoint, metrics, run_trainer, start, trainer, wait_for
+from runs import SCRATCH, WORKER, assert_same_run, checkpoint, metrics, run_trainer, start, trainer, wait_for
 
 import shards
 from train.config import load_config
@@ -157,7 +157,7 @@ def test_killed_at_the_start_at_the_end_of_an_epoch_or_twice_in_a_row_it_is_the_
 def test_a_signal_to_the_whole_group_finishes_the_step_saves_and_marks(shard_dir, tmp_path, number, processes):
     """As a terminal's Ctrl-C or a scheduler sends it: to loader workers and to torchrun, too."""
     out = tmp_path / "stopped"
-    command = trainer(shard_dir, out, *SCRATCH, "max_steps=500", "checkpoint.every=1000", processes=processes)
+    command = trainer(shard_dir, out, *SCRATCH, "max_steps=500", "checkpoint.every=1000", WORKER, processes=processes)
     process = start(command)
     wait_for(out / "metrics.jsonl", process)
     end = time.monotonic() + 120

@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 
 from shards import drawing
@@ -84,6 +85,11 @@ def save_picture(path: Path, image: np.ndarray) -> None:
         file.write(cv2.imencode(path.suffix, image[..., ::-1])[1].tobytes())
 
 
+def _finite(values: Tensor) -> np.ndarray:
+    """The values, NaN where they are infinite: both are drawn alike."""
+    return torch.where(values.isfinite(), values, torch.nan).numpy()
+
+
 def scene_block(scene: SceneResult) -> np.ndarray:
     """RGB [H, W, 3]: a row for images, predicted and true depth, error and confidence, a column a view; a line says so.
 
@@ -92,7 +98,7 @@ def scene_block(scene: SceneResult) -> np.ndarray:
     """
     views = min(MAX_VIEWS, len(scene.images))
     truth = np.where(scene.mask[:views].numpy(), scene.truth[:views].numpy(), 0)
-    predicted = None if scene.predicted is None else (scene.predicted[:views] * scene.scale).numpy()
+    predicted = None if scene.predicted is None else _finite(scene.predicted[:views] * scene.scale)
     near, far = drawing.near_and_far(truth if truth.any() or predicted is None else predicted)
     rows = {"input": (scene.images[:views].numpy().transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)}
     if predicted is not None:
@@ -101,7 +107,7 @@ def scene_block(scene: SceneResult) -> np.ndarray:
     if predicted is not None and scene.confidence is not None:
         error = np.abs(predicted - truth) / np.where(truth > 0, truth, np.nan)
         rows["error (black 0, white 20%)"] = drawing.colour_amount(error / MOST_ERROR)
-        confidence = np.log(scene.confidence[:views].numpy())
+        confidence = np.log(_finite(scene.confidence[:views]))
         low, high = np.nan_to_num(np.nanpercentile(np.append(confidence, 0), [1, 99]))
         rows["confidence (black low)"] = drawing.colour_amount((confidence - low) / max(high - low, 1e-9))
     body = drawing.stack([drawing.row(list(row)) for row in rows.values()])
