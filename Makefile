@@ -69,7 +69,7 @@ ifneq ($(CO3D_DIR),)
 else
 	@case "$$SHARDS" in "~/"*) SHARDS="$$HOME/$${SHARDS#??}";; esac; \
 	if [ -e "$$SHARDS/dataset.json" ]; then echo "$$SHARDS is there: using it"; \
-	elif [ -n "$(SHARDS_GIVEN)" ] || [ -d "$$SHARDS" ]; then \
+	elif [ -n "$(SHARDS_GIVEN)" ] || [ -d "$$SHARDS" ] || { [ -L "$$SHARDS" ] && ! $(IS_DEMO); }; then \
 	  echo "$$SHARDS: no finished shard set; pack one with CO3D_DIR=... CO3D_ANNOTATION_DIR=..."; exit 2; \
 	else \
 	  $(BIN)/vggt-prep synth --out $(DEMO)/captures && \

@@ -409,6 +409,8 @@ def preview_command(shard_set: str, out: Path, sequences: int) -> None:
     """
     from prep.preview import write_preview
 
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise click.BadParameter(f"{out}: expected a name that ends in .html", param_hint="--out")
     with plain_errors(), progress_bar("sequences") as bar:
         opened = shards.open(shard_set)
         task = start(bar, "drawing", min(sequences, len(opened.sequences)))

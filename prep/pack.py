@@ -140,7 +140,7 @@ def pack(
         most_bad = max_bad * total
         kept = _kept(out, plan, most_bad)
         on_plan(total, sum(entry.frames for entry in plan if entry.name in kept))
-        missing = _missing_jobs(source, out, options, plan, kept, _formers(out, most_bad))
+        missing = _missing_jobs(source, out, options, plan, kept, _formers(out))
         _run(missing, out, options, executor, parallel, on_shard, most_bad - sum(kept.values()))
         _finish(out, job, [entry.name for entry in plan], most_bad)
     return _result(out, source, in_both)
@@ -207,7 +207,7 @@ def _kept(out: Path, plan: list[Planned], most_bad: float) -> dict[str, int]:
     return kept
 
 
-def _formers(out: Path, most_bad: float) -> dict[str, Former]:
+def _formers(out: Path) -> dict[str, Former]:
     """The shards of a finished set that lost some file: those of its tars that are as they were stay.
 
     Empty if there was no such set, or its report is gone: then nobody knows what was left out.
@@ -217,12 +217,9 @@ def _formers(out: Path, most_bad: float) -> dict[str, Former]:
         return {}
     files = _read_record(out / DATASET_FILE)["files"]
     digests = {name.removesuffix(".tar"): entry["sha256"] for name, entry in files.items() if name.endswith(".tar")}
-    formers = {
+    return {
         name: Former(digests.get(name), report.get(name, NOTHING_TO_REPORT)) for name in sorted({*digests, *report})
     }
-    if sum(len(former.report["bad"]) for former in formers.values()) <= most_bad:
-        return formers
-    return {name: former for name, former in formers.items() if not former.report["bad"]}  # as _kept does
 
 
 def _missing_jobs(

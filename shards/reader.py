@@ -96,14 +96,22 @@ class ShardSet:
     @cached_property
     def frames(self) -> np.ndarray:
         """The rows of all frames (shards.schema.frame_dtype), mapped from disk. Raises DamagedIndexError."""
-        if self.in_worker and read_dataset(self.storage.read(DATASET_FILE)) != self.dataset:
-            raise DamagedIndexError(f"{self.storage}: was replaced by another set while it was in use; start again")
+        if self.in_worker:
+            self._check_still_there()
         rows = map_rows(self.index_path(FRAMES_FILE), frame_dtype, "name")
         if len(rows) != int(self.sequences["count"].sum()):
             raise DamagedIndexError(
                 f"{self.storage}/{FRAMES_FILE}: has {len(rows)} rows, not what {SEQUENCES_FILE} counts"
             )
         return rows
+
+    def _check_still_there(self) -> None:
+        try:
+            same = read_dataset(self.storage.read(DATASET_FILE)) == self.dataset
+        except (FileNotFoundError, ValueError):
+            same = False
+        if not same:
+            raise DamagedIndexError(f"{self.storage}: was replaced or removed while it was in use; start again")
 
     @cached_property
     def sequences(self) -> np.ndarray:

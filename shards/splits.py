@@ -33,7 +33,7 @@ class SharedPlaces:
             return f"{self.frames} of whose frames are trained on"
         if not self.sequences:
             return "never trained on"
-        part = "" if self.sequences == self.tested else f"{self.sequences} of them "
+        part = "" if self.sequences == self.tested else f"{self.sequences} of which are "
         return f"{part}other frames of places that are trained on"
 
 

@@ -20,7 +20,7 @@ from fsspec.utils import get_protocol
 log = logging.getLogger(__name__)
 
 RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost connection, is waited for
-OUTAGE_PAUSES = (30,) * 20  # after those, while frames are read: a run of days waits for ten minutes
+OUTAGE_PAUSE, OUTAGE_PATIENCE = 30, 600  # seconds, after those and in all, while frames are read: a run of days waits
 REFUSED = (401, 403, 404)  # statuses of HTTP for which waiting is no use
 HTTP_PATIENCE = 30  # seconds
 
@@ -127,7 +127,7 @@ class RemoteStorage:
     def read_spans(self, spans: list[Span]) -> list[bytes]:
         fs, root = _filesystem(self.url)
         parts: dict[Span, bytes] = {}
-        missing, tries = spans, 0
+        missing, tries, began = spans, 0, time.monotonic()
         while True:
             paths = [f"{root}/{span.file}" for span in missing]
             found = fs.cat_ranges(paths, [s.start for s in missing], [s.end for s in missing], on_error="return")
@@ -137,12 +137,13 @@ class RemoteStorage:
             if not missing:
                 return [parts[span] for span in spans]
             where, error = f"{self.url}/{missing[0].file}", answers[missing[0]]
-            pauses = RETRY_PAUSES if _is_refused(error) else (*RETRY_PAUSES, *OUTAGE_PAUSES)
-            if tries == len(pauses):
-                raise StorageError(f"{where}: not to be read in {tries + 1} tries: {error!r}") from error
-            log.warning("%s: %r; trying again in %g s", where, error, pauses[tries])
-            time.sleep(pauses[tries])
             tries += 1
+            pause = RETRY_PAUSES[tries - 1] if tries <= len(RETRY_PAUSES) else OUTAGE_PAUSE
+            over = _is_refused(error) or time.monotonic() + pause - began > OUTAGE_PATIENCE
+            if tries > len(RETRY_PAUSES) and over:
+                raise StorageError(f"{where}: not to be read in {tries} tries: {error!r}") from error
+            log.warning("%s: %r; trying again in %g s", where, error, pause)
+            time.sleep(pause)
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

@@ -435,7 +435,7 @@ def test_a_trainer_that_ends_in_the_middle_does_not_wait_for_its_workers(shard_d
 def test_storage_that_is_gone_ends_the_data_with_its_url(shard_dir, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSES", ())
+    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
     with served(shard_dir) as server:
         remote = Split([shards.open(server.url)], "train")
         plan = TrainingPlan(config=CONFIG, lengths=remote.lengths, seed=1, max_img_per_gpu=8, world_size=1)

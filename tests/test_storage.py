@@ -119,7 +119,7 @@ def test_a_server_without_ranges_is_refused_at_once(shard_dir):
 
 def test_a_remote_file_that_is_cut_off_or_missing_is_named(shard_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSES", ())
+    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
     shutil.copytree(shard_dir, tmp_path / "set")
     tar = tmp_path / "set" / "train-000001.tar"
     whole = tar.read_bytes()
@@ -158,7 +158,7 @@ def test_a_remote_index_of_another_pack_is_refused(shard_dir, tmp_path):
 
 def test_storage_that_fails_for_a_while_is_asked_again(shard_dir, monkeypatch, caplog):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01, 0.02, 0.04))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSES", ())
+    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
     with served(shard_dir) as server:
         opened = shards.open(server.url)
         opened.read(0)
@@ -198,7 +198,7 @@ def test_a_set_that_took_the_place_of_another_is_read_anew(shard_dir, tmp_path):
 
 def test_a_server_that_falls_silent_is_an_error_that_names_it(shard_dir, monkeypatch):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSES", ())
+    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
     monkeypatch.setattr(shards.storage, "HTTP_PATIENCE", 0.3)
     with served(shard_dir) as server:
         opened = shards.open(server.url)
@@ -221,7 +221,7 @@ def test_a_fork_while_another_thread_reads_does_not_hang(shard_dir):
 
 def test_storage_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSES", ())
+    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
     with served("/") as server:
         url = server.url
     with pytest.raises(shards.StorageError, match=url):

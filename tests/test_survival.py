@@ -288,13 +288,12 @@ def test_data_that_is_gone_for_good_ends_the_run_but_what_was_trained_is_saved(s
 
 def test_an_outage_of_minutes_is_waited_for(shard_dir, monkeypatch):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSES", (0.05,) * 20)
+    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSE", 0.05)
     with served(shard_dir, RangeHandler) as server:
         opened = shards.open(server.url)
         frames = opened.frames
         server.failures = 15
         assert opened.read(0) == shards.open(shard_dir).read(0)
-        assert sum(shards.storage.OUTAGE_PAUSES) > 0.9
         assert len(frames) == 192
 
 
@@ -311,7 +310,7 @@ def test_a_set_that_is_replaced_under_a_run_is_noticed_by_new_workers(shard_dir,
     source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
     packed = run_command("vggt-prep", "pack", *source, "--out", tmp_path / "set", "--short-side", 100)
     assert packed.returncode == 0, packed.stderr
-    with pytest.raises(NoDataError, match=r"set: was replaced by another set while it was in use"):
+    with pytest.raises(NoDataError, match=r"set: was replaced or removed while it was in use"):
         list(stream(steps, 1, pin_memory=False))
 
 

@@ -6,12 +6,13 @@ import logging
 import os
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vggt.weights import damage
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +124,7 @@ def find_newest(folder: Path, *, repair: bool = True) -> Path | None:
         leftover.unlink()
     for step in reversed(steps_saved(folder)):
         path = step_file(folder, step)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-            damaged = str(error)
+        damaged = damage(path)
         if damaged is None:
             if repair and (folder / LATEST).resolve() != path.resolve():  # killed before it was linked
                 _link(folder, LATEST, path)

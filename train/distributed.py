@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
+
+from shards.storage import OUTAGE_PATIENCE
 
 T = TypeVar("T")
 
@@ -112,7 +115,9 @@ def start_world(*, tf32: bool) -> Iterator[World]:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=size)
+        # Longer than a rank may wait for its data, while the others wait for it.
+        patience = timedelta(seconds=3 * OUTAGE_PATIENCE)
+        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=size, timeout=patience)
     yield World(rank, size, local_size, device)
     if size > 1:  # not after an exception: other ranks may be waiting in a collective, and torchrun ends them
         dist.destroy_process_group()

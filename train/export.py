@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import load
-from train.config import user_path
+from train.config import CONFIG_FILE, user_path
 from train.optim import freeze
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
-from vggt.weights import FILE_SUFFIXES, heads_in, read_checkpoint, write_file, write_folder
+from vggt.weights import FILE_SUFFIXES, WEIGHT_FILES, heads_in, read_checkpoint, write_file, write_folder
 
 
 def main() -> None:
@@ -62,8 +62,11 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         raise ValueError(
             f"{out}: expected a name that ends in {' or '.join(FILE_SUFFIXES)}, or one of a folder, without a dot"
         )
+    if out.parent.name == "checkpoints" and (out.parent.parent / CONFIG_FILE).exists():
+        raise ValueError(f"{out}: is among the checkpoints of a run, which is resumed from them; give another --out")
     read = [path for path in (checkpoint, init) if path is not None and Path(path).expanduser().exists()]
-    if out.exists() and any(out.samefile(Path(path).expanduser()) for path in read):
+    places = [place for path in read for place in weight_places(Path(path).expanduser())]
+    if any(place.samefile(target) for place in places for target in weight_places(out)):
         raise ValueError(f"{out}: is what is to be exported; give another --out")
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:
@@ -78,6 +81,11 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
             raise ValueError(f"{init}: {name} is frozen, but has other values: {checkpoint} did not start from it")
     state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
     return state, config | {"heads": list(heads_in(base))}, len(trained)
+
+
+def weight_places(path: Path) -> list[Path]:
+    """What is there of a file, or a folder and its weights: either names the same checkpoint."""
+    return [place for place in (path, *(path / name for name in WEIGHT_FILES)) if place.exists()]
 
 
 def write(out: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -275,6 +275,12 @@ def crop_depth(depth: np.ndarray, centre: tuple[float, float], scale: float, sha
     return depth[rows][:, columns]
 
 
+def sequence_name(split: Split, scene: Scene) -> str:
+    """category/sequence of a scene of the plan, which need not be that of what was loaded for it."""
+    shard_set = split.shard_sets[scene.source]
+    return shard_set.key(int(split.first[scene.source][scene.sequence])).rpartition("/")[0]
+
+
 class TrainingSteps(IterableDataset):
     """The batches of one rank from `state` up to `last_step`. Worker w of W loads every W-th of them."""
 
@@ -311,22 +317,30 @@ def _worker() -> tuple[int, int]:
 
 
 def load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
-    """The batch of each step; the next one is read while this one is decoded, so that waiting for storage costs little.
+    """The batch of each step; a worker reads the next one while this one is decoded: waiting for storage costs little.
 
-    What ends the data for good is the last item, {"error": what to tell the user}: exceptions of a worker process
-    arrive with its traceback for a message.
+    (Not so the trainer itself, without workers: a stop would have to wait for the thread that reads.) What ends the
+    data for good is the last item, {"error": what to tell the user}: exceptions of a worker process arrive with its
+    traceback for a message.
     """
+    try:
+        if get_worker_info() is None:
+            yield from (load_step(split, step) for step in steps)
+        else:
+            yield from _load_ahead(split, steps)
+    except (DamagedIndexError, DamagedMemberError, StorageError, FileNotFoundError) as error:
+        yield {"error": str(error)}
+
+
+def _load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
     with ThreadPoolExecutor(1) as reader:
-        try:
-            step = next(steps, None)
-            members = step and reader.submit(read_step, split, step)
-            while step is not None and members is not None:
-                following = next(steps, None)
-                ahead = following and reader.submit(read_step, split, following)
-                yield load_step(split, step, members.result())
-                step, members = following, ahead
-        except (DamagedIndexError, DamagedMemberError, StorageError) as error:
-            yield {"error": str(error)}
+        step = next(steps, None)
+        members = step and reader.submit(read_step, split, step)
+        while step is not None and members is not None:
+            following = next(steps, None)
+            ahead = following and reader.submit(read_step, split, following)
+            yield load_step(split, step, members.result())
+            step, members = following, ahead
 
 
 class NoDataError(ValueError):
@@ -354,13 +368,17 @@ def stream(
     state: DataState | None = None
     deaths = 0
     while True:
+        loader = iter(make_loader(make(state), workers, pin_memory))
         try:
-            for batch in make_loader(make(state), workers, pin_memory):
+            for batch in loader:
                 if "error" in batch:
                     raise NoDataError(batch["error"])
                 state, deaths = batch["after"], 0
                 yield batch
             return
+        except Interrupted:
+            kill_workers()  # while the loader is held: when it goes, it waits 5 seconds for each
+            raise
         except (RuntimeError, OSError, EOFError) as error:
             if not workers or not _is_death(error):
                 raise
@@ -370,7 +388,8 @@ def stream(
                     f"data.workers={workers}: they die again and again; is memory short? {error}"
                 ) from error
             log.warning("%s; new workers go on from the last batch in %d s", error, 2**deaths)
-        time.sleep(2**deaths)  # here the old loader is gone
+        del loader
+        time.sleep(2**deaths)
 
 
 def _is_death(error: Exception) -> bool:
@@ -398,8 +417,10 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
         context.set_forkserver_preload(["train.loader"])
         resource_tracker.ensure_running()  # it unblocks signals, so not in between
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        forkserver.ensure_running()  # what is blocked now stays so in it and in the workers
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            forkserver.ensure_running()  # what is blocked now stays so in it and in the workers
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return StatefulDataLoader(
         dataset,
         batch_size=None,

@@ -24,7 +24,7 @@ import shards
 from shards import ShardSet
 from shards.locks import locked
 from shards.splits import shared_places
-from train.checkpoint import find_newest, load, mark_best, save, steps_saved
+from train.checkpoint import find_newest, load, mark_best, save, step_file, steps_saved
 from train.config import TrainConfig, flatten, load_config, read_config, to_dict, write_config
 from train.distributed import World, fail, start_world
 from train.loader import NoDataError, Split, TrainingSteps, blank_batch, next_batch, stream, worker_count
@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything and try one step; writes nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 data.workers=4")
     arguments = parser.parse_intermixed_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step there is nothing to save, nor to explain
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step there is nothing to save, nor to explain
     try:
         config = load_config(arguments.config, arguments.overrides)
         with start_world(tf32=config.tf32) as world, ExitStack() as held:
@@ -93,7 +94,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
     if not dry_run:
         world.from_main(lambda: held.enter_context(locked_folder(out_dir)))
     newest = world.from_main(lambda: find_start(config, out_dir, repair=not dry_run))
-    saved = None if newest is None else load(newest)
+    saved = None if newest is None else load_run(newest)
     if saved is not None:
         check_resumable(saved, config, shard_sets)
     torch.manual_seed(config.seed)
@@ -325,10 +326,13 @@ class Run:
         stopped: leave word that the run wants to be started again.
         """
         world, folder = self.world, self.out_dir / "checkpoints"
+        if after.step and not world.from_main(lambda: after.step in steps_saved(folder)):
+            self._write(after)
         if stopped and world.is_main:
             (self.out_dir / REQUEUE_FILE).touch()
-        if not after.step or world.from_main(lambda: after.step in steps_saved(folder)):
-            return
+
+    def _write(self, after: DataState) -> None:
+        world, folder = self.world, self.out_dir / "checkpoints"
         weights, moments = (whole(part.state_dict(), world) for part in (self.model, self.optimizer))
         if world.is_main:
             content = {
@@ -377,18 +381,34 @@ def find_start(config: TrainConfig, out_dir: Path, *, repair: bool) -> Path | No
     before somebody has looked. A run that was killed before its first checkpoint just starts again.
     """
     newest = find_newest(out_dir / "checkpoints", repair=repair)
-    lines = [line for name in (METRICS_FILE, SCENES_FILE) for line in read_lines(out_dir / name)]
-    if newest is not None or not lines:
+    if newest is not None:
         return newest
+    lines = [line for name in (METRICS_FILE, SCENES_FILE) for line in read_lines(out_dir / name)]
+    if not lines:
+        return None
     before = read_config(out_dir)
     check_same_settings(before, config)
     reached = max(line["step"] for line in lines)
-    if reached > flatten(before)["checkpoint.every"]:
+    if reached > flatten(before).get("checkpoint.every", 0):
         raise ValueError(
             f"{out_dir}: its {METRICS_FILE} goes up to step {reached}, but its checkpoints are gone; put them back "
             f"into {out_dir / 'checkpoints'}, or {elsewhere(config)}"
         )
     return None
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """A checkpoint that a run can resume from. Raises ValueError for any other, or one whose name is not its own."""
+    saved = load(path)
+    missing = {"model", "optimizer", "data", "config", "shards"} - set(saved)
+    if missing:
+        raise ValueError(
+            f"{path}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}: an exported one? Remove it, "
+            "and the one before is taken"
+        )
+    if step_file(path.parent, saved["data"]["step"]).name != path.name:
+        raise ValueError(f"{path}: holds step {saved['data']['step']}: remove it, or name it after that step")
+    return saved
 
 
 def elsewhere(config: TrainConfig) -> str:

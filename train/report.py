@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +26,13 @@ from shards.writer import atomic_file, cannot_write
 
 METRICS_FILE = "metrics.jsonl"
 SCENES_FILE = "validation.jsonl"  # the figures of each scene, a line a validation
+KEYS = {METRICS_FILE: ("split",), SCENES_FILE: ("plan", "scenes")}  # beside the step, which all lines have
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process, and what was trained would not be saved."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
 
 
 class Reporter:
@@ -31,14 +40,17 @@ class Reporter:
 
     def __init__(self, out_dir: Path, *, is_main: bool, first_step: int, total_steps: int, resumed: bool) -> None:
         self.is_main, self.out_dir = is_main, out_dir
-        self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_main)
+        self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_main)
         self.live = is_main and sys.stdout.isatty()
         handler = RichHandler(console=Console(stderr=True), show_path=False) if self.live else logging.StreamHandler()
         logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
         if not is_main:
             return
         for name in (METRICS_FILE, SCENES_FILE):
-            _drop_after(out_dir / name, first_step if resumed else -1)  # not even the start is that of another run
+            if resumed:
+                _drop_after(out_dir / name, first_step)
+            elif set_aside(out_dir / name):
+                self.say(f"{out_dir / name}: what was there is kept beside it, under a number")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # protobuf's, on import
             from torch.utils.tensorboard import SummaryWriter
@@ -79,10 +91,11 @@ class Reporter:
         """A run outlives the terminal, or the pipe, that it prints to: then it prints nowhere."""
         try:
             yield
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                return  # such as a full disk, which may have room for the next line
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(nowhere, stream.fileno())
+            os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
 
     def has_validation(self, step: int, plan: dict[str, Any]) -> bool:
@@ -160,9 +173,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             value = json.loads(line)
         except ValueError:  # also of bytes that are no text
             continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
+        if (
+            isinstance(value, dict)
+            and isinstance(value.get("step"), int)
+            and set(KEYS.get(path.name, ())) <= set(value)
+        ):
             found.append(value)
     return found
+
+
+def set_aside(path: Path) -> bool:
+    """Rename a file that is not empty to the first free name.1, name.2, ...; whether there was one."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    path.rename(next(free for i in count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists()))
+    return True
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -171,7 +171,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
         )
     if results["trained_on"]:
         found.append(
-            f"The sequences evaluated are {results['trained_on']}: this does not tell how new places would fare."
+            f"Of the sequences evaluated, {results['trained_on']}: this does not tell how new places would fare."
         )
     if results.get("unusable"):
         names = _few(results["unusable"])

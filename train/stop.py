@@ -35,6 +35,7 @@ class StopRequest:
         self.asked = True
         signal.signal(number, signal.SIG_DFL if number in IMPATIENT else signal.SIG_IGN)
         if self._waits:
+            self._waits = False
             raise Interrupted
 
     @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +46,9 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
             return load_file(path), config
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
+    wrong = damage(path) if zipfile.is_zipfile(path) else None
+    if wrong is not None:
+        raise ValueError(f"{path}: not a readable checkpoint: damaged ({wrong}); copy it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged pickles end in errors of many types
@@ -57,6 +62,22 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     if not is_state or not isinstance(config, dict):
         raise ValueError(f"{path}: expected names and tensors, or {{'model': names and tensors}}")
     return state, config
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of torch.save, by the CRCs in it, which torch.load does not look at; None: nothing.
+
+    Raises OSError if it cannot be read just now.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        return str(error)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # that is of an impossible place in the file
+            raise
+        return str(error)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
