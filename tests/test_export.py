@@ -116,3 +116,15 @@ def test_a_name_with_another_ending_is_no_folder(run, tmp_path, name):
     assert done.returncode == 1
     assert f"{name}: expected a name that ends in .pt or .safetensors, or one of a folder" in done.stderr
     assert not (tmp_path / name).exists()
+
+
+def test_a_folder_and_the_weights_in_it_are_the_same_to_export(run, tmp_path):
+    """And what is in a run's folder of checkpoints is what it is resumed from."""
+    assert export(run, tmp_path / "folder").returncode == 0
+    weights = (tmp_path / "folder" / "model.safetensors").read_bytes()
+    for init, out in (("folder/model.safetensors", "folder"), ("folder", "folder/model.safetensors")):
+        done = export(run, tmp_path / out, "--init", tmp_path / init)
+        assert "is what is to be exported" in done.stderr
+        assert (tmp_path / "folder" / "model.safetensors").read_bytes() == weights
+    done = export(run, run / "run/checkpoints/step-00000001.pt")
+    assert "is among the checkpoints of a run" in done.stderr

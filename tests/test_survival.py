@@ -91,6 +91,20 @@ def test_what_was_killed_before_its_first_checkpoint_starts_again_but_as_no_othe
     assert f"{out}/config.yaml: empty or cut off" in cut_off.stderr
 
 
+def test_a_checkpoint_under_another_name_or_an_exported_one_is_not_resumed_from(shard_dir, tmp_path):
+    out = tmp_path / "run"
+    assert run_trainer(shard_dir, out, *SCRATCH, "max_steps=2").returncode == 0
+    folder = out / "checkpoints"
+    shutil.copy(folder / "step-00000001.pt", folder / "step-00000099.pt")
+    before = {path.name for path in folder.iterdir()}
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=3")
+    assert "step-00000099.pt: holds step 1: remove it, or name it after that step" in done.stderr
+    assert {path.name for path in folder.iterdir()} >= before
+    torch.save({"model": {}}, folder / "step-00000099.pt")
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=3")
+    assert "step-00000099.pt: no checkpoint of the trainer, it has no config, data, optimizer, shards" in done.stderr
+
+
 def test_a_second_trainer_in_the_same_place_is_refused_and_changes_nothing(shard_dir, tmp_path):
     out = tmp_path / "run"
     process = start(trainer(shard_dir, out, *SCRATCH, *STEPS))
@@ -194,6 +208,17 @@ def test_a_lost_terminal_saves_the_run_unless_it_is_to_be_ignored(shard_dir, tmp
     assert process.wait(60) == 0
     assert saved_step(out) >= 2
     assert (out / "requeue").exists()
+
+
+def test_whoever_reads_what_a_run_prints_may_go(shard_dir, tmp_path):
+    out = tmp_path / "run"
+    process = start(trainer(shard_dir, out, *SCRATCH, *STEPS))
+    wait_for_step(out, 1, process)
+    process.stdout.close()
+    wait_for_step(out, last_step(out) + 3, process)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0
+    assert saved_step(out) == last_step(out)
 
 
 @pytest.mark.parametrize(

@@ -62,12 +62,12 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         raise ValueError(
             f"{out}: expected a name that ends in {' or '.join(FILE_SUFFIXES)}, or one of a folder, without a dot"
         )
-    if out.parent.name == "checkpoints" and (out.parent.parent / CONFIG_FILE).exists():
-        raise ValueError(f"{out}: is among the checkpoints of a run, which is resumed from them; give another --out")
     read = [path for path in (checkpoint, init) if path is not None and Path(path).expanduser().exists()]
     places = [place for path in read for place in weight_places(Path(path).expanduser())]
     if any(place.samefile(target) for place in places for target in weight_places(out)):
         raise ValueError(f"{out}: is what is to be exported; give another --out")
+    if out.parent.name == "checkpoints" and (out.parent.parent / CONFIG_FILE).exists():
+        raise ValueError(f"{out}: is among the checkpoints of a run, which is resumed from them; give another --out")
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:
         return saved["model"], config, len(trained)

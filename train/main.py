@@ -403,8 +403,8 @@ def load_run(path: Path) -> dict[str, Any]:
     missing = {"model", "optimizer", "data", "config", "shards"} - set(saved)
     if missing:
         raise ValueError(
-            f"{path}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}: an exported one? Remove it, "
-            "and the one before is taken"
+            f"{path}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}: an exported one? Remove "
+            "it, and the one before is taken"
         )
     if step_file(path.parent, saved["data"]["step"]).name != path.name:
         raise ValueError(f"{path}: holds step {saved['data']['step']}: remove it, or name it after that step")
