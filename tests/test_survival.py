@@ -139,7 +139,7 @@ def test_lines_of_a_log_that_are_no_text_or_no_step_are_passed_over(tmp_path):
         b"3",
         b'{"split": "train"}',
         b'{"step": "x"}',
-        b'{"step": 2}',
+        b'{"step": 2, "split": "train"}',
     ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -120,4 +120,5 @@ def start_world(*, tf32: bool) -> Iterator[World]:
         dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=size, timeout=patience)
     yield World(rank, size, local_size, device)
     if size > 1:  # not after an exception: other ranks may be waiting in a collective, and torchrun ends them
+        dist.barrier()  # they leave together: one that is gone while another still works may abort at its exit
         dist.destroy_process_group()
