@@ -106,7 +106,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         world=world,
         mean_pose=mean_relative_pose(shard_set, protocol.views),
     )
-    known = "what is trained on"
+    known = "of the split that is trained on"
     if protocol.split == "test":
         tested = {(scene.category, scene.name) for scene in job.chosen}
         shared = shared_places([shard_set], "train", [shard_set], "test", tested)
