@@ -171,8 +171,8 @@ def remarks(results: dict[str, Any]) -> list[str]:
         )
     if results["trained_on"]:
         found.append(
-            f"{sum(results['sequences'].values())} sequences evaluated, {results['trained_on']}: this does not tell how "
-            "new places would fare."
+            f"{sum(results['sequences'].values())} sequences evaluated, {results['trained_on']}: this does not tell "
+            "how new places would fare."
         )
     if results.get("unusable"):
         names = _few(results["unusable"])
