@@ -13,12 +13,10 @@ MAX_DEPTH = 300.0  # over the extent of the cameras: with more the views hardly 
 
 
 def recentered(frames: list[PackedFrame]) -> list[PackedFrame]:
-    """The same frames with the origin of the world at the median of their cameras' centres.
+    """The same frames, at least one, with the origin of the world at the median of their cameras' centres.
 
     Captures may come in coordinates of a country: 500 km from the origin, single precision leaves 3 cm.
     """
-    if not frames:
-        return []
     origin = np.median(camera_centers(frames), axis=0)
     return [
         replace(frame, meta=replace(frame.meta, extrinsics=_moved(frame.meta.extrinsics, origin))) for frame in frames

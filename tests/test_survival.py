@@ -365,9 +365,9 @@ def test_somebody_who_may_not_write_is_told_where_and_shards_need_only_be_read(s
     place = tmp_path_factory.mktemp("others")
     shutil.copytree(shard_dir, place / "set")
     (place / "run").mkdir()
-    for folder in (*place.parents, place, place / "set", place / "run"):
-        if folder.owner() == "root" and folder != folder.parent:
-            os.chmod(folder, folder.stat().st_mode | 0o055)
+    modes = {folder: folder.stat().st_mode for folder in (*place.parents, place, place / "set", place / "run")}
+    for folder, mode in modes.items():
+        folder.chmod(mode | 0o055)
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -383,4 +383,7 @@ def test_somebody_who_may_not_write_is_told_where_and_shards_need_only_be_read(s
                 code = 0 if f"{place}/run/lock" in str(error) else 2
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for folder, mode in modes.items():
+        folder.chmod(mode)
+    assert ended == 0
