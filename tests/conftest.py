@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,6 +17,9 @@ from vggt import preset
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process a core: threads of several would wait for each other
     torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; what is tested inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
