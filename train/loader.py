@@ -368,8 +368,9 @@ def stream(
     state: DataState | None = None
     deaths = 0
     while True:
-        loader = iter(make_loader(make(state), workers, pin_memory))
+        loader = None
         try:
+            loader = iter(make_loader(make(state), workers, pin_memory))  # a worker may die already here
             for batch in loader:
                 if "error" in batch:
                     raise NoDataError(batch["error"])
