@@ -32,7 +32,8 @@ from prep.co3d import Co3D, OfficialCo3D
 from prep.executors import dask_cluster, process_pool
 from prep.pack import PackOptions, PackResult, ShardDone, pack, read_report
 from prep.synth import SynthOptions, synth
-from shards.schema import REPORT_FILE, SPLITS
+from shards.index import MEND, sha256
+from shards.schema import DATASET_FILE, FRAMES_FILE, REPORT_FILE, SPLITS
 
 SHOWN_DOUBTS = 5  # sequences
 console = Console(highlight=False, markup=False, emoji=False)  # names are printed as they are
@@ -211,7 +212,7 @@ def pack_command(
                 allow_shared_frames=allow_shared_frames,
                 **shown(bar),
             )
-    print_pack(out, result)
+    print_pack(out, result, shared_frames=allow_shared_frames)
 
 
 def shown(bar: Progress) -> dict[str, Callable[..., None]]:
@@ -246,7 +247,7 @@ def pack_executor(scheduler: str | None, workers: int) -> Iterator[tuple[Executo
             yield cluster
 
 
-def print_pack(out: Path, result: PackResult) -> None:
+def print_pack(out: Path, result: PackResult, *, shared_frames: bool) -> None:
     click.echo(f"{out}: {size_text(result.bytes)}")
     table = Table("split", "sequences", "frames")
     for split, counts in result.splits.items():
@@ -266,8 +267,9 @@ def print_pack(out: Path, result: PackResult) -> None:
         click.echo(f"DOUBTFUL: {len(result.doubtful) - SHOWN_DOUBTS:,} more sequences")
     if result.in_both:
         click.echo(
-            f"{counted(result.in_both, 'sequence')} of the test split are also trained on (other frames of them): what "
-            "is measured there holds for places that were seen"
+            f"{counted(result.in_both, 'sequence')} of the test split are also trained on"
+            + ("" if shared_frames else " (other frames of them)")
+            + ": what is measured there holds for places that were seen"
         )
     if result.bad or result.short or result.doubtful:
         click.echo(f"each is listed in {out / REPORT_FILE}")
@@ -313,6 +315,8 @@ def info_command(shard_set: str) -> None:
     with plain_errors():
         opened = shards.open(shard_set)
         frames, sequences = opened.frames, opened.sequences
+        if sha256(opened.index_path(FRAMES_FILE)) != opened.dataset["files"][FRAMES_FILE]["sha256"]:
+            raise ValueError(f"{shard_set}/{FRAMES_FILE}: not the one that {DATASET_FILE} describes; {MEND}")
     size = sum(entry["size"] for entry in opened.dataset["files"].values())
     click.echo(f"{shard_set}: {size_text(size)}")
     table = Table("split", "category", "sequences", "frames")

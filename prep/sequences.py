@@ -10,6 +10,7 @@ from prep.frames import PackedFrame
 
 MIN_DEPTH = 0.1  # over the distance of neighbouring cameras: with less two views can share nothing
 MAX_DEPTH = 300.0  # over the extent of the cameras: with more the views hardly differ
+MAX_STRAY = 100.0  # distance of a camera from the middle of them over the extent
 
 
 def recentered(frames: list[PackedFrame]) -> list[PackedFrame]:
@@ -36,15 +37,18 @@ def camera_centers(frames: list[PackedFrame]) -> np.ndarray:
 
 
 def doubtful_lengths(frames: list[PackedFrame]) -> str | None:
-    """Why depths and cameras are probably not in the same unit; None if they may be, or nothing can be said."""
+    """Why a camera or the unit of the depths is probably wrong; None if they may be right, or nothing can be said."""
     depths = [frame.median_depth for frame in frames if frame.median_depth is not None]
+    centers = camera_centers(frames)
+    distances = np.linalg.norm(centers - np.median(centers, axis=0), axis=1)
+    extent, stray = np.quantile(distances, 0.9), int(distances.argmax())
+    if distances[stray] > MAX_STRAY * extent > 0:
+        return f"{frames[stray].meta.source}: its camera is {distances[stray] / extent:.2g} times as far out as most"
     if not depths or len(frames) < 2:
         return None
-    centers = camera_centers(frames)
     depth, step = np.median(depths), np.median(np.linalg.norm(np.diff(centers, axis=0), axis=1))
-    extent = np.linalg.norm(centers - np.median(centers, axis=0), axis=1).max()
     if depth < MIN_DEPTH * step:
         return f"depths are about {depth:.2g}, neighbouring cameras {step:.2g} apart: are depths in another unit?"
     if depth > MAX_DEPTH * extent:
-        return f"depths are about {depth:.2g}, all cameras within {extent:.2g}: are depths in another unit?"
+        return f"depths are about {depth:.2g}, most cameras within {extent:.2g}: another unit, or all from one place?"
     return None

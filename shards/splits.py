@@ -1,21 +1,28 @@
-"""Does a split to test on hold places, or even pictures, of the one that is trained on?"""
+"""Does a split to test on hold places, or even pictures, of what is trained on?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shards.reader import ShardSet
 
+Part = tuple[ShardSet, str]  # a split of a set
+
 
 @dataclass(frozen=True)
 class SharedPlaces:
-    """How many of the `tested` sequences are also trained on, and how many of their frames are the same pictures."""
+    """Of the `tested` sequences: how many are trained on, and how many bear the name of one of another capture.
 
-    sequences: int
+    frames: how many of their pictures are trained on, under whatever name.
+    """
+
     tested: int
+    sequences: int
+    namesakes: int
     frames: int
 
     def check(self, how_to_allow: str) -> None:
@@ -27,42 +34,61 @@ class SharedPlaces:
             )
 
     @property
+    def any(self) -> bool:
+        return self.sequences + self.namesakes + self.frames > 0
+
+    @property
     def words(self) -> str:
         """What the tested sequences are, to be put behind their number."""
         if self.frames:
             return f"{self.frames} of whose frames are trained on"
-        if not self.sequences:
-            return "never trained on"
-        part = "" if self.sequences == self.tested else f"{self.sequences} of which are "
-        return f"{part}other frames of places that are trained on"
+        kinds = (
+            (self.sequences, "other frames of places that are trained on"),
+            (self.namesakes, "named like sequences that are trained on, which may be the same places"),
+        )
+        found = [(number, kind) for number, kind in kinds if number]
+        if [number for number, _ in found] == [self.tested]:
+            return found[0][1]
+        return " and ".join(f"{number} of which are {kind}" for number, kind in found) or "never trained on"
 
 
 def shared_places(
-    train_sets: Sequence[ShardSet],
-    train_split: str,
-    test_sets: Sequence[ShardSet],
-    test_split: str,
-    only: set[tuple[str, str]] | None = None,
+    trained: Sequence[Part], tested: Sequence[Part], only: set[tuple[int, int]] | None = None
 ) -> SharedPlaces:
-    """Compare sequences by category and name, within a set and between sets that were packed from the same annotations.
+    """Compare what is tested with all that is trained on: pictures by size and CRC, sequences by category and name.
 
-    (Elsewhere equal names mean nothing.) Their pictures are compared by size and CRC. only: the (category, name) that
-    are tested; None: the whole split.
+    Within a set, and between sets that were packed from the same annotations, equal names are the same place, and
+    equal frames of it the same picture, in whatever size. only: the sequences that are tested, each as the place of its
+    part in `tested` and its number in that split; None: all.
     """
-    sequences = frames = tested = 0
-    for test_set in test_sets:
-        train_rows = {}
-        for train_set in train_sets:
-            if _same_source(train_set, test_set) and train_split in train_set.dataset["splits"]:
-                train_rows |= {key: (train_set, row) for key, row in _rows(train_set, train_split)}
-        for key, row in _rows(test_set, test_split):
-            if only is not None and key not in only:
-                continue
-            tested += 1
-            if key in train_rows:
-                sequences += 1
-                frames += int(np.isin(_pictures(test_set, row), _pictures(*train_rows[key])).sum())
-    return SharedPlaces(sequences, tested, frames)
+    namesakes: defaultdict[tuple[bytes, bytes], list[tuple[ShardSet, np.void]]] = defaultdict(list)
+    pictures = [np.empty(0, np.uint64)]
+    for shard_set, split in trained:
+        if split in shard_set.dataset["splits"]:
+            pictures.append(_pictures(shard_set)[np.repeat(_in_split(shard_set, split), shard_set.sequences["count"])])
+            for row in shard_set.sequences[_in_split(shard_set, split)]:
+                namesakes[_key(row)].append((shard_set, row))
+    all_trained = np.unique(np.concatenate(pictures))
+    counts = np.zeros(4, int)
+    for place, (shard_set, split) in enumerate(tested):
+        known = np.isin(_pictures(shard_set), all_trained)
+        for number, row in enumerate(shard_set.sequences[_in_split(shard_set, split)]):
+            if only is None or (place, number) in only:
+                others = namesakes.get(_key(row), [])
+                same = [(other, match) for other, match in others if _same_source(other, shard_set)]
+                seen = known[_frames(row)]
+                for other, match in same:
+                    seen |= np.isin(_names(shard_set, row), _names(other, match))
+                counts += (1, bool(same), bool(others) and not same, seen.sum())
+    return SharedPlaces(*map(int, counts))
+
+
+def _in_split(shard_set: ShardSet, split: str) -> np.ndarray:
+    return shard_set.sequences["split"] == split.encode()
+
+
+def _key(sequence: np.void) -> tuple[bytes, bytes]:
+    return bytes(sequence["category"]), bytes(sequence["name"])
 
 
 def _same_source(a: ShardSet, b: ShardSet) -> bool:
@@ -70,12 +96,14 @@ def _same_source(a: ShardSet, b: ShardSet) -> bool:
     return a.digest == b.digest or bool(files[0] & files[1])
 
 
-def _rows(shard_set: ShardSet, split: str) -> Iterator[tuple[tuple[str, str], np.void]]:
-    for row in shard_set.sequences[shard_set.split(split)]:
-        yield (row["category"].decode(), row["name"].decode()), row
+def _frames(sequence: np.void) -> slice:
+    return slice(int(sequence["first"]), int(sequence["first"]) + int(sequence["count"]))
 
 
-def _pictures(shard_set: ShardSet, sequence: np.void) -> np.ndarray:
-    """What tells the pictures of a sequence's frames apart [n]."""
-    rows = shard_set.frames[int(sequence["first"]) : int(sequence["first"]) + int(sequence["count"])]
-    return (rows["jpg_size"].astype(np.uint64) << np.uint64(32)) | rows["jpg_crc"]
+def _names(shard_set: ShardSet, sequence: np.void) -> np.ndarray:
+    return shard_set.frames["name"][_frames(sequence)]
+
+
+def _pictures(shard_set: ShardSet) -> np.ndarray:
+    """What tells the pictures of a set's frames apart [n]."""
+    return (shard_set.frames["jpg_size"].astype(np.uint64) << np.uint64(32)) | shard_set.frames["jpg_crc"]

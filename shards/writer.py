@@ -63,3 +63,11 @@ def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     with atomic_file(path) as file, TarWriter(cast(Any, file), encoder=False, mtime=0, user="", group="") as tar:
         for sample in samples:
             tar.write(sample)
+
+
+def set_aside(path: Path) -> bool:
+    """Rename a file that is not empty to the first free name.1, name.2, ...; whether there was one."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    path.rename(next(free for i in count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists()))
+    return True

@@ -118,15 +118,19 @@ def known_places(captures, tmp_path_factory):
     return folder / "set"
 
 
-def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, exported, tmp_path):
+def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, tmp_path):
+    """Also where the set that is evaluated on holds nothing to train on: then its checkpoint's run tells."""
     opened = shards.open(known_places)
-    places = shared_places([opened], "train", [opened], "test")
+    places = shared_places([(opened, "train")], [(opened, "test")])
     assert (places.sequences, places.tested, places.frames) == (7, 7, 0)
+    done = pack(known_places.parent / "captures", tmp_path / "test", "--min-frames", 8, "--split", "test")
+    assert done.returncode == 0, done.stderr
     done = run_trainer(known_places, tmp_path / "run", *SCRATCH, "max_steps=1")
     assert done.returncode == 0, done.stderr
-    assert "of the test split, other frames of places that are trained on" in done.stdout
+    assert "validating on 2 sequences of 7 of the test split, other frames of places that are trained on" in done.stdout
     assert "never trained on" not in done.stdout
-    options = ("--shards", known_places, "--checkpoint", exported, "--out", tmp_path / "eval")
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    options = ("--shards", tmp_path / "test", "--checkpoint", latest, "--out", tmp_path / "eval")
     small = ("--min-frames", 8, "--views", 3, "--width", 56)
     evaluated = run_command("python", "-m", "train.evaluate", *options, *small, OMP_NUM_THREADS="1")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -145,21 +149,50 @@ def test_frames_that_are_trained_and_tested_on_are_refused_unless_that_is_asked_
     assert done.returncode == 0, done.stderr
     run = run_trainer(tmp_path / "set", tmp_path / "run", *SCRATCH, "max_steps=1")
     assert run.returncode == 1
-    assert "168 frames to test on are the same as frames to train on" in run.stderr
+    assert "48 frames to test on are the same as frames to train on" in run.stderr
     assert "data.allow_shared_frames=true" in run.stderr
     run = run_trainer(tmp_path / "set", tmp_path / "run", *SCRATCH, "max_steps=1", "data.allow_shared_frames=true")
     assert run.returncode == 0, run.stderr
-    assert "168 of whose frames are trained on" in run.stdout
+    assert "48 of whose frames are trained on" in run.stdout
     options = ("--shards", tmp_path / "set", "--checkpoint", exported, "--out", tmp_path / "eval", "--min-frames", 24)
     evaluated = run_command("python", "-m", "train.evaluate", *options, OMP_NUM_THREADS="1")
     assert evaluated.returncode == 1
     assert "or give --allow-shared-frames" in evaluated.stderr
 
 
-def test_equal_names_in_sets_of_other_captures_mean_nothing(shard_dir, tmp_path):
+def test_equal_names_in_sets_of_other_captures_are_called_that(shard_dir, tmp_path):
     assert vggt_prep("synth", "--out", tmp_path / "other", "--scenes", 8, "--frames", 24, "--seed", 8).returncode == 0
     assert pack(tmp_path / "other", tmp_path / "set").returncode == 0
     one, two = shards.open(shard_dir), shards.open(tmp_path / "set")
     assert set(one.sequences["name"]) == set(two.sequences["name"])
-    assert shared_places([one, two], "train", [one, two], "test").sequences == 0
-    assert shared_places([one], "train", [one], "train").frames == 168
+    found = shared_places([(two, "train")], [(one, "train")])
+    assert (found.sequences, found.namesakes, found.frames) == (0, 7, 0)
+    assert found.words == "named like sequences that are trained on, which may be the same places"
+    assert shared_places([(one, "train"), (two, "train")], [(one, "test"), (two, "test")]).words == "never trained on"
+
+
+def test_pictures_are_found_in_whatever_set_and_under_whatever_name_they_are_trained_on(editable, tmp_path):
+    """Sets of one split each, of other annotations; and a second one to train on that hides nothing of the first."""
+    for path in sorted((editable / "annotations").glob("*_train.jgz")):
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        renamed = {f"other-{name}": frames for name, frames in content.items()}
+        for name in content:
+            folder = editable / "co3d" / path.name.removesuffix("_train.jgz")
+            (folder / f"other-{name}").symlink_to(folder / name)
+        path.with_name(path.name.replace("train", "test")).write_bytes(gzip.compress(json.dumps(renamed).encode()))
+    for split in ("train", "test"):
+        assert pack(editable, tmp_path / split, "--split", split).returncode == 0
+    train, test = (shards.open(tmp_path / split) for split in ("train", "test"))
+    renamed = shared_places([(train, "train")], [(test, "test")])
+    assert (renamed.sequences, renamed.frames) == (0, 168)
+    same = shared_places([(train, "train"), (test, "test")], [(train, "train")])
+    assert (same.tested, same.sequences, same.frames) == (7, 7, 168)
+    assert shared_places([(train, "test")], [(test, "test")]).words == "never trained on"
+    one = shared_places([(train, "train")], [(test, "test")], only={(0, 3)})
+    assert (one.tested, one.frames) == (1, 24)
+
+
+def test_frames_of_one_name_are_the_same_picture_in_another_size(captures, shard_dir, tmp_path):
+    assert pack(captures, tmp_path / "smaller", "--short-side", 60).returncode == 0
+    smaller, larger = shards.open(tmp_path / "smaller"), shards.open(shard_dir)
+    assert shared_places([(smaller, "train")], [(larger, "train")]).frames == 168

@@ -84,6 +84,18 @@ def mark_best(folder: Path, step: int | None, config: CheckpointConfig) -> None:
     _drop_old(folder, config)
 
 
+def best_saved(folder: Path) -> int | None:
+    """The step of the checkpoint that `best` points at."""
+    match = (folder / BEST).is_symlink() and CHECKPOINT_NAME.fullmatch((folder / BEST).readlink().name)
+    return int(match[1]) if match else None
+
+
+def set_best_aside(folder: Path) -> Path | None:
+    """Rename `best`, so that its checkpoint stays though another becomes the best; the new name if there is one."""
+    step = best_saved(folder)
+    return None if step is None else (folder / BEST).rename(folder / f"{BEST}-{step:08d}")
+
+
 def _link(folder: Path, name: str, target: Path) -> None:
     link = folder / (name + ".tmp")
     link.unlink(missing_ok=True)
@@ -94,8 +106,7 @@ def _link(folder: Path, name: str, target: Path) -> None:
 def _drop_old(folder: Path, config: CheckpointConfig) -> None:
     """Remove the checkpoints that are not among the last, the milestones and the best."""
     kept = {step_file(folder, step) for step in steps_saved(folder)[-config.keep :]}
-    if (folder / BEST).is_symlink():
-        kept.add(folder / (folder / BEST).readlink())
+    kept |= {folder / link.readlink() for link in folder.glob(f"{BEST}*") if link.is_symlink()}
     for step in steps_saved(folder):
         is_milestone = config.milestone is not None and step % config.milestone == 0
         if step_file(folder, step) not in kept and not is_milestone:

@@ -11,13 +11,14 @@ import difflib
 import math
 import os
 import types
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from shards.writer import atomic_file
+from shards.writer import atomic_file, set_aside
 from train.checkpoint import CheckpointConfig
 from train.losses import OBJECTIVE, LossConfig
 from train.metrics import FIGURES
@@ -73,8 +74,8 @@ class TrainConfig:
         for name in ("epochs", "steps_per_epoch", "max_img_per_gpu", "accum_steps", "val_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.seed < 0 or self.max_skipped < 0:
-            raise ValueError("seed and max_skipped: expected at least 0")
+        if not 0 <= self.seed < 2**63 or self.max_skipped < 0:  # torch takes no more
+            raise ValueError("seed and max_skipped: expected at least 0, and the seed less than 2^63")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, or null for epochs, found {self.max_steps}")
         if self.max_img_per_gpu < self.data.views[1]:
@@ -131,7 +132,7 @@ def load_config(file: str | Path | None, overrides: list[str]) -> TrainConfig:
 
 def _read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise ValueError(f"{what}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -141,24 +142,48 @@ def _read_yaml(path: Path, what: str) -> dict[str, Any]:
     return loaded or {}
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Of equal keys YAML drops all but the last, without a word: a second `data:` the whole first one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, times in names.items():
+            if times > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given {times} times", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def user_path(text: str) -> Path:
     """A path from the command line, with ~ for the home folder also where the shell leaves it, as in --out=~/x."""
     return Path(text).expanduser()
 
 
-def write_config(out_dir: Path, config: TrainConfig) -> None:
-    """Leave the configuration of a run in its folder."""
-    with atomic_file(out_dir / CONFIG_FILE) as file:
-        file.write(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
+def write_config(out_dir: Path, config: TrainConfig, *, keep_other: bool) -> bool:
+    """Leave the configuration of a run in its folder; whether another one was there, and was kept under a number."""
+    path, content = out_dir / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
+    kept = keep_other and path.is_file() and path.read_bytes() != content and set_aside(path)
+    with atomic_file(path) as file:
+        file.write(content)
+    return kept
 
 
 def read_config(out_dir: Path) -> dict[str, Any]:
     """What write_config left, as YAML's types. Raises ValueError for a file that is missing or damaged."""
     path = out_dir / CONFIG_FILE
     values = _read_yaml(path, str(path))
-    if not isinstance(values.get("data"), dict):
-        raise ValueError(f"{path}: empty or cut off; the command that started the run writes it again")
+    sections = [name for name in ("data", "checkpoint") if not isinstance(values.get(name), dict)]  # one is the last
+    if sections:
+        raise ValueError(f"{path}: empty or cut off, it has no section {' nor '.join(sections)}; put a whole one there")
     return values
+
+
+def read_data(out_dir: Path) -> DataConfig:
+    """The data section of a run. Raises ValueError for a configuration that is missing or damaged."""
+    values = read_config(out_dir)["data"]
+    try:
+        return _build(DataConfig, values, "data.")
+    except ValueError as error:
+        raise ValueError(f"{out_dir / CONFIG_FILE}: {error}") from error
 
 
 class _Typed(str):

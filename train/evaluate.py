@@ -28,7 +28,7 @@ import shards
 from shards.splits import shared_places
 from shards.writer import atomic_file
 from train.bootstrap import is_finite
-from train.config import CONFIG_FILE, Precision, read_config, user_path
+from train.config import CONFIG_FILE, Precision, read_data, user_path
 from train.distributed import World, fail, start_world
 from train.guesses import GUESSES, guess_figures, mean_relative_pose
 from train.loader import Split, worker_count
@@ -106,13 +106,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         world=world,
         mean_pose=mean_relative_pose(shard_set, protocol.views),
     )
-    known = "of the split that is trained on"
-    if protocol.split == "test":
-        tested = {(scene.category, scene.name) for scene in job.chosen}
-        shared = shared_places([shard_set], "train", [shard_set], "test", tested)
-        if not arguments.allow_shared_frames:
-            shared.check("--allow-shared-frames")
-        known = shared.words if shared.sequences else ""
+    known = world.from_main(lambda: what_is_known(labels, job, protocol.split, arguments.allow_shared_frames))
     checkpoints, guesses, heads, damaged = [], [], {}, Counter[str]()
     for label in labels:
         if label != labels[0]:
@@ -154,10 +148,33 @@ def load_model(source: str) -> VGGT:
     return model.eval()
 
 
+def what_is_known(labels: list[str], job: Job, split: str, allow_shared_frames: bool) -> str:
+    """Why the evaluated sequences may not be new to the checkpoints, as far as can be told; empty if they may be.
+
+    Raises ValueError if the very frames were trained on, unless that is allowed.
+    """
+    if split == "train":
+        return "of the split that is trained on"
+    (shard_set,) = job.split.shard_sets
+    trained, unknown = [(shard_set, "train")], []
+    for run in filter(None, map(run_of, labels)):
+        data = read_data(run)
+        for source in data.sources:
+            try:
+                trained.append((shards.open(source.path), data.train_split))
+            except (ValueError, OSError) as error:
+                unknown.append(f"{run} was trained on {source.path}, which cannot be compared with: {error}")
+    only = {(0, scene.sequence) for chosen in job.chosen for scene in chosen.step.scenes}
+    found = shared_places(trained, [(shard_set, split)], only)
+    if not allow_shared_frames:
+        found.check("--allow-shared-frames")
+    return "; ".join([found.words] * found.any + unknown)
+
+
 def trained_width(sources: list[str]) -> int | None:
     """The width of the images that the first of these checkpoints that is of a run was trained on; None: none is."""
     run = next(filter(None, map(run_of, sources)), None)
-    return read_config(run)["data"]["width"] if run else None
+    return read_data(run).width if run else None
 
 
 def run_of(source: str) -> Path | None:

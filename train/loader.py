@@ -277,8 +277,9 @@ def crop_depth(depth: np.ndarray, centre: tuple[float, float], scale: float, sha
 
 def sequence_name(split: Split, scene: Scene) -> str:
     """category/sequence of a scene of the plan, which need not be that of what was loaded for it."""
-    shard_set = split.shard_sets[scene.source]
-    return shard_set.key(int(split.first[scene.source][scene.sequence])).rpartition("/")[0]
+    rows = split.shard_sets[scene.source].sequences
+    row = rows[np.searchsorted(rows["first"], split.first[scene.source][scene.sequence])]
+    return f"{row['category'].decode()}/{row['name'].decode()}"
 
 
 class TrainingSteps(IterableDataset):

@@ -9,12 +9,13 @@ One process a GPU (or a few on CPUs). The same command again goes on from the la
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,16 @@ import torch
 import shards
 from shards import ShardSet
 from shards.locks import locked
-from shards.splits import shared_places
-from train.checkpoint import find_newest, load, mark_best, save, step_file, steps_saved
-from train.config import TrainConfig, flatten, load_config, read_config, to_dict, write_config
+from shards.splits import SharedPlaces, shared_places
+from train.checkpoint import best_saved, find_newest, load, mark_best, save, set_best_aside, step_file, steps_saved
+from train.config import CONFIG_FILE, TrainConfig, flatten, load_config, read_config, to_dict, write_config
 from train.distributed import World, fail, start_world
 from train.loader import NoDataError, Split, TrainingSteps, blank_batch, next_batch, stream, worker_count
 from train.memory import peak_gb, rehearse, said_out_of_memory
 from train.optim import freeze, make_optimizer, set_lr
 from train.parallel import distribute, load_optimizer, whole
 from train.pictures import contact_sheet, save_picture
-from train.plan import DataState, TrainingPlan
+from train.plan import DataState, TrainingPlan, validation_plan
 from train.prepare import prepare
 from train.report import METRICS_FILE, SCENES_FILE, Reporter, read_lines
 from train.step import train_step
@@ -43,6 +44,8 @@ from vggt import VGGT, preset
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
 from vggt.weights import load_weights
+
+log = logging.getLogger(__name__)
 
 # May change between a run and its resumption; anything else would make it another run.
 MAY_CHANGE = {
@@ -84,9 +87,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
     train_split = Split(shard_sets, config.data.train_split)
     with_val = [shard_set for shard_set in shard_sets if config.data.val_split in shard_set.dataset["splits"]]
     val_split = Split(with_val, config.data.val_split) if with_val else None
-    shared_with_val = shared_places(shard_sets, config.data.train_split, with_val, config.data.val_split)
-    if not config.data.allow_shared_frames:
-        shared_with_val.check("data.allow_shared_frames=true")
+    validated = world.from_main(lambda: what_is_validated(config, train_split, val_split))
     workers = worker_count(config.data.workers, world.local_size)
 
     # Model
@@ -97,6 +98,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
     saved = None if newest is None else load_run(newest)
     if saved is not None:
         check_resumable(saved, config, shard_sets)
+        config = replace(config, init=config.init or saved["config"].get("init"))  # export lays the weights over it
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
     if config.init is not None and saved is None:
@@ -124,8 +126,10 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
     if saved is not None:
         load_optimizer(optimizer, saved["optimizer"])
         state = DataState(saved["data"]["step"], tuple(saved["data"]["positions"]))
+        if world.is_main and not dry_run:
+            keep_former_best(out_dir, saved["config"], config)
         del saved
-    about = describe_start(config, model, train_split, val_split, shared_with_val, world, workers)
+    about = describe_start(config, model, train_split, val_split, validated, world, workers)
     if dry_run:
         tried = rehearse(config, world, shared, optimizer, train_split, plan, state)
         if world.is_main:
@@ -138,14 +142,15 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
         reporter.say(f"resuming {out_dir} at step {state.step} of {config.total_steps}, its last checkpoint")
     if state.step >= config.total_steps:
         reporter.say("it is finished: raise epochs or max_steps to go on, or give another out_dir")
+    stop = StopRequest()
+    stop.listen()
     if world.is_main:
-        write_config(out_dir, config)
+        if write_config(out_dir, config, keep_other=not resumed):
+            reporter.say(f"{out_dir / CONFIG_FILE}: what was there is kept beside it, under a number")
         (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
     reporter.say(about)
 
     # Loop
-    stop = StopRequest()
-    stop.listen()
     work = Run(
         config=config,
         world=world,
@@ -170,7 +175,24 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
     elif stopped:
         reporter.say("stopped before the first step; the same command starts it again")
     else:
-        reporter.say(describe_run(config, out_dir, shared_with_val))
+        reporter.say(describe_run(config, out_dir, validated))
+
+
+def what_is_validated(config: TrainConfig, train: Split, val: Split | None) -> SharedPlaces | None:
+    """How the sequences that are validated on relate to what is trained on; None: there are none.
+
+    Raises ValueError if they have frames in common, unless that is allowed.
+    """
+    if val is None:
+        return None
+    steps, _ = validation_plan(config.data, val.lengths, rank=0, world_size=1)
+    trained = [(shard_set, config.data.train_split) for shard_set in train.shard_sets]
+    tested = [(shard_set, config.data.val_split) for shard_set in val.shard_sets]
+    only = {(scene.source, scene.sequence) for step in steps for scene in step.scenes}
+    found = shared_places(trained, tested, only)
+    if not config.data.allow_shared_frames:
+        found.check("data.allow_shared_frames=true")
+    return found
 
 
 @contextmanager
@@ -409,6 +431,19 @@ def load_run(path: Path) -> dict[str, Any]:
     if step_file(path.parent, saved["data"]["step"]).name != path.name:
         raise ValueError(f"{path}: holds step {saved['data']['step']}: remove it, or name it after that step")
     return saved
+
+
+def keep_former_best(out_dir: Path, before: dict[str, Any], now: TrainConfig) -> None:
+    """Give checkpoints/best of a resumed run another name if it was found in another way than will be from now on.
+
+    That is by another figure or on other scenes, or in validations whose file is gone.
+    """
+    folder = out_dir / "checkpoints"
+    same_way = before["checkpoint"].get("best") == now.checkpoint.best
+    lines = [line for line in read_lines(out_dir / SCENES_FILE) if line["plan"] == compared_plan(now)]
+    former = set_best_aside(folder) if not same_way or best_saved(folder) not in {line["step"] for line in lines} else None
+    if former is not None:
+        log.warning("%s: what was the best stays; by other validations or another figure, so `best` begins anew", former)
 
 
 def elsewhere(config: TrainConfig) -> str:

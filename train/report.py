@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shards.writer import atomic_file, cannot_write
+from shards.writer import atomic_file, cannot_write, set_aside
 
 METRICS_FILE = "metrics.jsonl"
 SCENES_FILE = "validation.jsonl"  # the figures of each scene, a line a validation
@@ -180,14 +179,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         ):
             found.append(value)
     return found
-
-
-def set_aside(path: Path) -> bool:
-    """Rename a file that is not empty to the first free name.1, name.2, ...; whether there was one."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    path.rename(next(free for i in count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists()))
-    return True
 
 
 def _drop_after(path: Path, step: int) -> None:

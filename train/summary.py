@@ -31,7 +31,7 @@ def describe_start(
     model: VGGT,
     train: Split,
     val: Split | None,
-    shared: SharedPlaces,
+    validated: SharedPlaces | None,
     world: World,
     workers: int,
 ) -> str:
@@ -46,8 +46,9 @@ def describe_start(
         for views in sorted({low, high})
     ]
     held = "nothing (no such split)"
-    if val:
-        held = f"{count(sum(map(len, val.lengths)), 'sequence')} of the {config.data.val_split} split, {shared.words}"
+    if val and validated:
+        of = f"of {sum(map(len, val.lengths)):,} of the {config.data.val_split} split"
+        held = f"{count(validated.tested, 'sequence')} {of}, {validated.words}"
     short = sum(int((lengths < high).sum()) for lengths in train.lengths)
     lines = [
         f"model {config.model.preset}: {parts}",
@@ -80,7 +81,7 @@ def describe_damage(by_rank: list[Counter[str]]) -> str:
     return ", ".join(f"{file} ({count})" for file, count in files[:5]) + more
 
 
-def describe_run(config: TrainConfig, out_dir: Path, shared: SharedPlaces) -> str:
+def describe_run(config: TrainConfig, out_dir: Path, validated: SharedPlaces | None) -> str:
     """What a finished run achieved, from its metrics.jsonl."""
     lines = read_lines(out_dir / METRICS_FILE)
     trained = [line for line in lines if line["split"] == config.data.train_split]
@@ -90,8 +91,8 @@ def describe_run(config: TrainConfig, out_dir: Path, shared: SharedPlaces) -> st
     moved = f"went from {told[0]} to {told[1]}" if len(trained) > 1 else f"was {told[0]}"
     text = ["", f"Done: {config.total_steps:,} steps. The training objective {moved}."]
     validations = comparable(read_lines(out_dir / SCENES_FILE))
-    if len(validations) > 1:
-        text += _compare(validations, config, out_dir, shared)
+    if len(validations) > 1 and validated:
+        text += _compare(validations, config, out_dir, validated)
     sheet = f"{out_dir}/contact_sheet.png"
     shown = (
         [f"Look at  {sheet}  (views, predicted and true depth, errors, cameras from above)"]
@@ -116,11 +117,13 @@ def describe_figures(means: dict[str, float]) -> str:
     return ", ".join(f"{figure.label} {figure.form.format(means[name])}" for name, figure in told)
 
 
-def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Path, shared: SharedPlaces) -> list[str]:
+def _compare(
+    validations: list[dict[str, Any]], config: TrainConfig, out_dir: Path, validated: SharedPlaces
+) -> list[str]:
     """The last validation against the first, scene by scene, and which was the best."""
     first, last = validations[0], validations[-1]
     text = [
-        f"On {count(len(last['scenes']), 'sequence')} of the {config.data.val_split} split, {shared.words}, "
+        f"On {count(len(last['scenes']), 'sequence')} of the {config.data.val_split} split, {validated.words}, "
         f"step {first['step']} -> step {last['step']}:"
     ]
     signs = []
@@ -134,7 +137,7 @@ def _compare(validations: list[dict[str, Any]], config: TrainConfig, out_dir: Pa
         signs.append(gain)
         values = f"{figure.form.format(before)} -> {figure.form.format(after)}"
         text.append(f"  {figure.label}: {values}, {describe_change(difference, figure)}  ({figure.meaning})")
-    text.append(_verdict(signs, seen=shared.sequences > 0))
+    text.append(_verdict(signs, seen=validated.any))
     if any(None in scene.values() for scene in last["scenes"]):
         text.append("Some of the last predictions or losses are not finite: look at the log above.")
     best, link = best_step(validations, config.checkpoint.best), out_dir / "checkpoints" / BEST
@@ -164,7 +167,7 @@ def _verdict(signs: list[int], *, seen: bool) -> str:
     if not better and not worse:
         return "Nothing changed beyond the noise: train for longer, or validate on more scenes (data.val_scenes)."
     if not worse:
-        places = "places that it has seen: new ones may differ" if seen else "scenes that it has not seen"
+        places = "places that it has seen, or may have: new ones may differ" if seen else "scenes that it has not seen"
         return f"It got better, on {places}."
     if not better:
         return "It got worse: try fewer steps, a lower optim.lr, or more sequences."

@@ -12,7 +12,7 @@ from torch import nn
 
 from train.config import Precision, TrainConfig
 from train.distributed import World
-from train.loader import NoDataError, Split, ValidationSteps, next_batch, stream
+from train.loader import NoDataError, Split, ValidationSteps, next_batch, sequence_name, stream
 from train.losses import denominators, losses
 from train.metrics import FIGURES, scene_figures
 from train.pictures import SceneResult, scene_result
@@ -61,9 +61,11 @@ def validate(
         done += 1
         if len(mine) >= counted:  # a repeated scene, for ranks that share a model take as many steps each
             continue
-        name = scene_name(raw)
-        mine.append((name, scene_losses(predictions, batch, config) | scene_figures(predictions, batch)))
-        if world.is_main and len(pictured) < PICTURED:
+        name = sequence_name(split, steps[done - 1].scenes[0])
+        usable = scene_name(raw) == name  # else the loader took another sequence, which may be validated on as well
+        figures = scene_losses(predictions, batch, config) | scene_figures(predictions, batch) if usable else {}
+        mine.append((name, figures))
+        if usable and world.is_main and len(pictured) < PICTURED:
             pictured.append(scene_result(name, predictions, batch))
     model.train()
     if done < len(steps):  # the same on every rank
