@@ -176,6 +176,9 @@ def test_pictures_are_found_in_whatever_set_and_under_whatever_name_they_are_tra
     for path in sorted((editable / "annotations").glob("*_train.jgz")):
         content = json.loads(gzip.decompress(path.read_bytes()))
         renamed = {f"other-{name}": frames for name, frames in content.items()}
+        for name, frames in content.items():
+            for frame in frames:
+                frame["filepath"] = frame["filepath"].replace(name, f"other-{name}")
         for name in content:
             folder = editable / "co3d" / path.name.removesuffix("_train.jgz")
             (folder / f"other-{name}").symlink_to(folder / name)
