@@ -167,6 +167,16 @@ def test_what_cannot_be_evaluated_is_said(shard_dir, exported, tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_takes_no_results_is_said_before_anything_is_computed(
+    shard_dir, exported, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "out").write_text("a file")
+    monkeypatch.setattr(evaluate.Job, "evaluate", lambda *_: pytest.fail("it was computed"))
+    with pytest.raises(SystemExit):
+        evaluate_here(shard_dir, exported, tmp_path / "out")
+    assert f"{tmp_path / 'out'}" in capsys.readouterr().err
+
+
 def test_checkpoint_without_a_depth_head_gives_poses(shard_dir, exported, tmp_path, capsys):
     def without(state):
         for name in [name for name in state if not name.startswith(("aggregator", "camera_head"))]:

@@ -18,6 +18,8 @@ import shards
 import train.loader
 from shards.codecs import decode_jpeg
 from shards.schema import row_crc
+from train.config import load_config
+from train.distributed import World
 from train.loader import (
     _COLOUR,
     _CROP,
@@ -32,6 +34,9 @@ from train.loader import (
     stream,
 )
 from train.plan import DataConfig, DataState, Scene, ShardSource, Step, StepShape, TrainingPlan, validation_plan
+from train.stop import StopRequest
+from train.validate import validate
+from vggt import VGGT, preset
 
 CONFIG = DataConfig(width=84, views=(2, 4), aspect=(0.6, 1.0))
 
@@ -188,6 +193,16 @@ def test_a_damaged_frame_gives_way_to_another_of_its_sequence_the_same_in_any_to
     assert len({*keys}) == 3
     assert {key.rpartition("/")[0] for key in keys} == {before[0].rpartition("/")[0]}
     assert one_scene(broken, scene, shape)["keys"] == replaced["keys"]
+
+
+def test_a_sequence_without_a_usable_frame_is_left_out_of_a_validation_and_no_other_counts_twice(shard_dir, tmp_path):
+    broken = damaged_split(shard_dir, tmp_path, [(1, frame) for frame in range(24)])
+    config = load_config(None, ["init=a", "precision=fp32", "data.width=56", "data.val_views=2"])
+    alone = World(0, 1, 1, torch.device("cpu"))
+    result = validate(VGGT(preset("tiny", heads=("camera", "depth"))), broken, config, alone, 0, StopRequest())
+    rows = broken.shard_sets[0].sequences[broken.shard_sets[0].split("train")]
+    assert result.names == [f"{row['category'].decode()}/{row['name'].decode()}" for row in rows]
+    assert [bool(figures) for figures in result.by_scene] == [True, False, True, True, True, True, True]
 
 
 def test_a_sequence_without_a_usable_frame_gives_way_to_the_next(shard_dir, split, tmp_path):

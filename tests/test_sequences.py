@@ -73,6 +73,21 @@ def test_coordinates_of_a_country_and_rounded_rotations_give_the_same_cameras_ab
     assert run_command("vggt-prep", "verify", tmp_path / "far").returncode == 0
 
 
+def test_a_camera_far_from_all_others_is_said_when_packing(editable, tmp_path):
+    def stray(split, sequences):
+        for frames in sequences.values():
+            frames[3]["extri"][0][3] += 3000
+
+    rewrite(editable, stray, "balls_train.jgz")
+    done = pack(editable, tmp_path / "set", "--category", "balls", "--split", "train")
+    assert done.returncode == 0, done.stderr
+    doubts = [line for line in done.stdout.splitlines() if line.startswith("DOUBTFUL: train/balls/")]
+    assert doubts
+    for line in doubts:
+        assert "frame000004.jpg: its camera is" in line
+        assert "times as far out as most" in line
+
+
 def test_depth_in_another_unit_is_said_when_packing_and_by_the_check_of_the_data(editable, tmp_path):
     """Millimetres as whole numbers, read as half floats: the commonest mistake."""
     for path in (editable / "co3d").glob("*/*/depths/*.png"):

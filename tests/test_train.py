@@ -17,11 +17,14 @@ from conftest import run_command, vggt_prep
 from runs import SCRATCH, WORKER, assert_same_run, checkpoint, metrics, run_trainer, start, trainer, wait_for
 
 import shards
-from train.config import load_config
+from train.checkpoint import mark_best, save
+from train.config import load_config, to_dict
 from train.loader import Split
+from train.main import keep_former_best
 from train.metrics import FIGURES
 from train.plan import DataState, TrainingPlan
 from train.report import Reporter, read_lines
+from train.validate import compared_plan
 from vggt import VGGT, preset
 
 
@@ -87,6 +90,41 @@ def test_best_is_the_checkpoint_of_the_best_validation(shard_dir, tmp_path):
     assert (out / "checkpoints" / "best").resolve().name == f"step-{step:08d}.pt"
     assert {path.name for path in (out / "checkpoints").glob("step-*.pt")} == {f"step-{s:08d}.pt" for s in (step, 8)}
     assert f"step {step} was the best" in done.stdout or step == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "stays"),
+    [
+        ({}, False),
+        ({"data.val_views": 5}, True),
+        ({"checkpoint.best": "auc_30"}, True),
+        ({"validation.jsonl": ""}, True),
+        ({"checkpoint.keep": 9, "data.workers": 3}, False),
+    ],
+)
+def test_the_former_best_stays_if_a_resume_looks_for_another(tmp_path, changes, stays):
+    config = load_config(None, ["init=a"])
+    save(tmp_path / "checkpoints", 4, {"model": {}}, config.checkpoint)
+    mark_best(tmp_path / "checkpoints", 4, config.checkpoint)
+    line = {"step": 4, "plan": compared_plan(config), "scenes": []}
+    (tmp_path / "validation.jsonl").write_text(changes.get("validation.jsonl", json.dumps(line)))
+    now = load_config(None, ["init=a", *(f"{key}={value}" for key, value in changes.items() if "json" not in key)])
+    keep_former_best(tmp_path, to_dict(config), now)
+    for step in (5, 6, 7):
+        save(tmp_path / "checkpoints", step, {"model": {}}, config.checkpoint)
+        mark_best(tmp_path / "checkpoints", 7 if stays else 4, config.checkpoint)
+    assert (tmp_path / "checkpoints" / "step-00000004.pt").exists()
+    assert (tmp_path / "checkpoints" / "best-00000004").exists() == stays
+
+
+@pytest.mark.slow
+def test_a_resume_without_init_remembers_what_the_run_began_from(shard_dir, published, tmp_path):
+    heads = ("loss.point=0", "max_steps=1")
+    assert run_trainer(shard_dir, tmp_path, *SCRATCH, f"init={published}", *heads).returncode == 0
+    done = run_trainer(shard_dir, tmp_path, *SCRATCH, "loss.point=0", "max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(tmp_path, 2)["config"]["init"] == str(published)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["init"] == str(published)
 
 
 def test_lines_that_a_kill_cut_off_and_those_of_another_start_are_forgotten(tmp_path):

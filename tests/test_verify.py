@@ -191,6 +191,17 @@ def tree(path):
     return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.name != "report.json"}
 
 
+def test_figures_of_a_damaged_index_are_not_shown(shard_dir, tmp_path):
+    shutil.copytree(shard_dir, tmp_path / "set")
+    rows = tmp_path / "set" / "frames.npy"
+    data = bytearray(rows.read_bytes())
+    data[-100] ^= 1
+    rows.write_bytes(data)
+    done = vggt_prep("info", tmp_path / "set")
+    assert done.returncode == 1
+    assert "frames.npy: not the one that dataset.json describes" in done.stderr
+
+
 def test_an_index_rebuilt_from_the_tars_is_the_same(shard_dir, tmp_path):
     shutil.copytree(shard_dir, tmp_path / "set")
     for name in ("frames.npy", "sequences.npy"):

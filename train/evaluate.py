@@ -106,6 +106,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         world=world,
         mean_pose=mean_relative_pose(shard_set, protocol.views),
     )
+    world.from_main(lambda: probe(arguments.out))
     known = world.from_main(lambda: what_is_known(labels, job, protocol.split, arguments.allow_shared_frames))
     checkpoints, guesses, heads, damaged = [], [], {}, Counter[str]()
     for label in labels:
@@ -257,16 +258,23 @@ def pick(evaluation: Evaluation) -> list[tuple[str, int]]:
     return [(kind, number) for shown in ("best", "median", "worst") for number, kind in picked.items() if kind == shown]
 
 
+def probe(out: Path) -> None:
+    """Make the folder of the results and try to write there: better now than when all is computed. Raises OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / f".{RESULTS_FILE}") as file:
+        file.write(b"{}")
+    (out / f".{RESULTS_FILE}").unlink()
+
+
 def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], shown: str, out: Path) -> None:
     """Print the table and what it means; write results.json and report.html."""
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out / RESULTS_FILE) as file:
-        file.write(json.dumps(results, indent=1).encode())
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(headline(results))
     console.print(table(results))
     for line in [*remarks(results), *verdicts(results)]:
         console.print(line)
+    with atomic_file(out / RESULTS_FILE) as file:
+        file.write(json.dumps(results, indent=1).encode())
     run = run_of(shown)
     with atomic_file(out / PAGE_FILE) as file:
         file.write(make_page(results, gallery, shown, read_lines(run / METRICS_FILE) if run else []).encode())

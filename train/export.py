@@ -71,7 +71,10 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:
         return saved["model"], config, len(trained)
-    base, _ = read_checkpoint(init)
+    try:
+        base, _ = read_checkpoint(init)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}: what the run started from; give --init if it now lies elsewhere") from error
     for name in trained:
         if name not in base or base[name].shape != saved["model"][name].shape:
             raise ValueError(f"{init}: {name} is not there, or has another shape: {checkpoint} did not start from it")

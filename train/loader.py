@@ -279,7 +279,7 @@ def sequence_name(split: Split, scene: Scene) -> str:
     """category/sequence of a scene of the plan, which need not be that of what was loaded for it."""
     rows = split.shard_sets[scene.source].sequences
     row = rows[np.searchsorted(rows["first"], split.first[scene.source][scene.sequence])]
-    return f"{row['category'].decode()}/{row['name'].decode()}"
+    return f"{bytes(row['category']).decode()}/{bytes(row['name']).decode()}"
 
 
 class TrainingSteps(IterableDataset):

@@ -441,9 +441,13 @@ def keep_former_best(out_dir: Path, before: dict[str, Any], now: TrainConfig) ->
     folder = out_dir / "checkpoints"
     same_way = before["checkpoint"].get("best") == now.checkpoint.best
     lines = [line for line in read_lines(out_dir / SCENES_FILE) if line["plan"] == compared_plan(now)]
-    former = set_best_aside(folder) if not same_way or best_saved(folder) not in {line["step"] for line in lines} else None
+    former = (
+        set_best_aside(folder) if not same_way or best_saved(folder) not in {line["step"] for line in lines} else None
+    )
     if former is not None:
-        log.warning("%s: what was the best stays; by other validations or another figure, so `best` begins anew", former)
+        log.warning(
+            "%s: what was the best stays; by other validations or another figure, so `best` begins anew", former
+        )
 
 
 def elsewhere(config: TrainConfig) -> str:
