@@ -31,6 +31,7 @@ from shards.index import sha256
 from shards.schema import SPLITS
 
 ANNOTATION_NAME = re.compile(r"(?P<category>.+)_(?P<split>train|test)\.jgz")
+MAX_NAME = 255  # bytes, as file systems have it
 FRAME_FILE, SEQUENCE_FILE, SET_LISTS = "frame_annotations.jgz", "sequence_annotations.jgz", "set_lists"
 SCALE_RANGE = (1e-10, 1e10)  # of scale_adjustment
 NO_FOLDER = "no such folder"
@@ -61,6 +62,7 @@ class Co3D:
         if not found:
             raise ValueError(
                 f"--annotation-dir {annotation_dir}: expected files like apple_train.jgz and apple_test.jgz, found none"
+                + _other_layout(annotation_dir)
             )
         _check_categories(categories, {category for _, category in found}, annotation_dir)
         self.co3d_dir = co3d_dir
@@ -127,7 +129,7 @@ class OfficialCo3D:
         if not annotated:
             raise ValueError(
                 f"--co3d-dir {co3d_dir}: expected <category>/{FRAME_FILE} in it, found none; with VGGT's annotations, "
-                "give their directory as --annotation-dir"
+                "give their directory as --annotation-dir" + _other_layout(co3d_dir)
             )
         _check_categories(categories, set(annotated), co3d_dir)
         if min_quality is not None and not math.isfinite(min_quality):
@@ -274,12 +276,17 @@ def _inside(category: str, sequence: str, folder: str, path: Any) -> PurePosixPa
 def _check_folder(option: str, path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"{option} {path}: no such directory")
+
+
+def _other_layout(path: Path) -> str:
+    """For the end of an error: what a folder without what was expected looks like."""
     what = recognized(path)
-    if what is not None:
-        raise ValueError(
-            f"{option} {path}: looks like {what}; so far vggt-prep packs Co3D's layout only, in which captures of your "
-            "own can be written: see README, Expected on disk"
-        )
+    if what is None:
+        return ""
+    return (
+        f". It looks like {what}; so far vggt-prep packs Co3D's layout only, in which captures of your own can be "
+        "written: see README, Expected on disk"
+    )
 
 
 def _check_categories(wanted: tuple[str, ...] | None, annotated: set[str], where: Path) -> None:
@@ -291,8 +298,9 @@ def _check_categories(wanted: tuple[str, ...] | None, annotated: set[str], where
 
 
 def _sequence_name(name: Any, path: Path) -> str:
-    if not isinstance(name, str) or not name or "/" in name or name in (".", ".."):
-        raise ValueError(f"{path}: {name!r} cannot be the name of a sequence")
+    text = name if isinstance(name, str) else ""
+    if not text.isprintable() or "/" in text or text in ("", ".", "..") or len(text.encode()) > MAX_NAME:
+        raise ValueError(f"{path}: {str(name)[:MAX_NAME]!r} cannot be the name of a sequence")
     return name
 
 

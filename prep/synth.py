@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from collections.abc import Callable
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, as_completed, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ def synth(out: Path, options: SynthOptions, executor: Executor, on_scene: Callab
     work.mkdir(parents=True, exist_ok=True)
     with locked(work, f"{out}: another vggt-prep synth is at work there"):
         if _is_done(out, options):  # by another one, until just now
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)  # yet another one may just lock it
             return False
         _render(work / "content", options, executor, on_scene)
         (work / "content").replace(out)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     return True
 
 
@@ -78,6 +79,8 @@ def _render(folder: Path, options: SynthOptions, executor: Executor, on_scene: C
     finally:
         for future in futures:
             future.cancel()
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # then whoever started the workers ends them
+            wait(futures)  # those that run still write
     (folder / "annotations").mkdir()
     for name, sequences in annotations.items():
         data = gzip.compress(json.dumps(sequences, sort_keys=True).encode(), mtime=0)

@@ -20,7 +20,11 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
     Raises ValueError with the message `busy` if another process holds it. A network file system may keep such locks
     for each machine by itself, and one that knows none of them is told in a warning: there it does not protect.
     """
-    with (folder / LOCK_FILE).open("a") as file:
+    try:
+        opened = (folder / LOCK_FILE).open("a")
+    except FileNotFoundError as error:  # the folder went while its other user ended
+        raise ValueError(busy) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

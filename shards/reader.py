@@ -96,7 +96,7 @@ class ShardSet:
     @cached_property
     def frames(self) -> np.ndarray:
         """The rows of all frames (shards.schema.frame_dtype), mapped from disk. Raises DamagedIndexError."""
-        if self.in_worker:
+        if self.in_worker and isinstance(self.storage, LocalStorage):  # a remote index is kept under its digest
             self._check_still_there()
         rows = map_rows(self.index_path(FRAMES_FILE), frame_dtype, "name")
         if len(rows) != int(self.sequences["count"].sum()):

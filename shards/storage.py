@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fsspec.core import url_to_fs
+from fsspec.exceptions import FSTimeoutError
 from fsspec.utils import get_protocol
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost connection, is waited for
 OUTAGE_PAUSE, OUTAGE_PATIENCE = 30, 600  # seconds, after those and in all, while frames are read: a run of days waits
 REFUSED = (401, 403, 404)  # statuses of HTTP for which waiting is no use
-HTTP_PATIENCE = 30  # seconds
+HTTP_PATIENCE = 30  # seconds of silence
+SPANS_PATIENCE = 300  # seconds for all spans of a call, some MB: a server may also trickle
 
 Result = TypeVar("Result")
 
@@ -130,7 +132,7 @@ class RemoteStorage:
         missing, tries, began = spans, 0, time.monotonic()
         while True:
             paths = [f"{root}/{span.file}" for span in missing]
-            found = fs.cat_ranges(paths, [s.start for s in missing], [s.end for s in missing], on_error="return")
+            found = _cat_ranges(fs, paths, [s.start for s in missing], [s.end for s in missing])
             answers = dict(zip(missing, found, strict=True))
             parts |= {span: _answered(answer, span, self.url) for span, answer in answers.items() if _is_final(answer)}
             missing = [span for span in missing if span not in parts]
@@ -167,6 +169,15 @@ def _tried(where: str, call: Callable[[], Result]) -> Result:
             time.sleep(pause)
     with _said(where):
         return call()
+
+
+def _cat_ranges(fs: Any, paths: list[str], starts: list[int], ends: list[int]) -> list[Any]:
+    """The bytes of each range, or why there are none."""
+    limit = {"timeout": SPANS_PATIENCE} if fs.async_impl else {}
+    try:
+        return fs.cat_ranges(paths, starts, ends, on_error="return", **limit)
+    except FSTimeoutError:
+        return [TimeoutError(f"not there after {SPANS_PATIENCE} s") for _ in paths]
 
 
 def _is_final(answer: bytes | Exception) -> bool:

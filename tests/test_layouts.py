@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from conftest import vggt_prep
 from golden_figures import SHARED
@@ -24,6 +26,15 @@ def test_nothing_is_made_up(captures, tmp_path):
         assert recognized(folder) is None
 
 
+def test_files_of_other_layouts_beside_a_dataset_do_not_matter(captures, tmp_path):
+    shutil.copytree(captures, tmp_path / "captures")
+    for folder in ("co3d", "annotations"):
+        (tmp_path / "captures" / folder / "transforms.json").write_text("{}")
+    source = ("--co3d-dir", tmp_path / "captures" / "co3d", "--annotation-dir", tmp_path / "captures" / "annotations")
+    done = vggt_prep("pack", *source, "--out", tmp_path / "out", "--category", "balls", "--split", "train")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
@@ -40,5 +51,5 @@ def test_whoever_packs_real_captures_of_another_layout_is_told_what_they_are(tmp
     for options in ((), ("--annotation-dir", captures)):
         done = vggt_prep("pack", "--co3d-dir", captures, *options, "--out", tmp_path / "out")
         assert done.returncode == 1
-        assert f"looks like {name}" in done.stderr
+        assert f"It looks like {name}" in done.stderr
         assert "packs Co3D's layout only" in done.stderr

@@ -207,6 +207,18 @@ def test_a_server_that_falls_silent_is_an_error_that_names_it(shard_dir, monkeyp
             opened.read(0)
 
 
+def test_a_server_that_trickles_is_an_error_that_names_it(shard_dir, monkeypatch):
+    """Though it never falls silent."""
+    monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
+    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
+    monkeypatch.setattr(shards.storage, "SPANS_PATIENCE", 0.5)
+    with served(shard_dir) as server:
+        opened = shards.open(server.url)
+        server.trickling = ".tar"
+        with pytest.raises(shards.StorageError, match=r"\.tar: not to be read in 2 tries: .*after 0.5 s"):
+            opened.read(0)
+
+
 def test_a_fork_while_another_thread_reads_does_not_hang(shard_dir):
     opened = shards.open(shard_dir)
     expected = opened.read(3)

@@ -29,6 +29,14 @@ class RangeHandler(PlainHandler):
             self.server.ended.wait(300)
             self.close_connection = True
             return None
+        if self.command == "GET" and self.server.trickling and self.server.trickling in self.path:
+            self.send_response(206)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            while not self.server.ended.wait(0.05):
+                self.wfile.write(b"x")
+            self.close_connection = True
+            return None
         if self.server.failures:
             self.server.failures -= 1
             self.send_error(503)
@@ -56,10 +64,11 @@ def served(folder, handler=RangeHandler):
     """The server of `folder`: its .url, its .requests as (method, path, range).
 
     It waits .latency seconds before each answer, and the next .failures requests fail. What is asked of paths that
-    hold the text .stalled gets no answer at all.
+    hold the text .stalled gets no answer at all, of those with .trickling one that never ends.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     server.requests, server.latency, server.failures, server.stalled = [], 0, 0, ""
+    server.trickling = ""
     server.ended = threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -164,7 +164,9 @@ def print_checks(checks: dict[str, float]) -> None:
         print(f"  In {apart} of them no point of the first view agrees with another view.")
     worst = sorted(checks, key=lambda key: checks[key])[:3]
     print("  least: " + ", ".join(f"{key} {checks[key]:.0%}" for key in worst))
-    if np.median(shares) < DOUBTFUL:
+    if apart < len(shares) and np.median(shares) < DOUBTFUL <= np.median(shares[shares > 0]):
+        print("  Where views share anything, they agree: most views of these scenes show different parts of them.")
+    elif np.median(shares) < DOUBTFUL:
         print("  Cameras, depth unit or intrinsics are probably wrong: look at vggt-prep preview.")
 
 
