@@ -244,8 +244,19 @@ def rebuild_index(
             for future in futures:
                 future.cancel()
             wait(futures)  # they write into the folder
+        _check_apart(out, tars)
         write_index(out, tars, source=stated.get("source", {}), options=stated.get("options", {}))
     return sum(count for tar in tars for _, _, count in tar.sequences)
+
+
+def _check_apart(out: Path, tars: list[TarIndex]) -> None:
+    """Raises ValueError if two tars of a split hold the same sequence: its frames would count twice."""
+    holders: dict[tuple[str, str, str], str] = {}
+    for tar in tars:
+        for category, name, _ in tar.sequences:
+            first = holders.setdefault((tar.split, category, name), tar.file)
+            if first != tar.file:
+                raise ValueError(f"{out}: {first} and {tar.file} both hold {category}/{name}; remove one of them")
 
 
 def _known(tar: TarIndex, out: Path, stated: dict[str, Any]) -> TarIndex:

@@ -22,6 +22,7 @@ import shards
 from shards.locks import locked
 from train.loader import NoDataError, Split, TrainingSteps, stream
 from train.plan import DataConfig, TrainingPlan
+from train.main import check_place
 from train.report import Reporter, read_lines
 
 STEPS = ["max_steps=2000", "checkpoint.every=5000", WORKER]
@@ -387,3 +388,12 @@ def test_somebody_who_may_not_write_is_told_where_and_shards_need_only_be_read(s
     for folder, mode in modes.items():
         folder.chmod(mode)
     assert ended == 0
+
+
+def test_a_dry_run_finds_that_a_run_could_not_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="file is no folder in which you may write; give another out_dir"):
+            check_place(out)
+    check_place(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()

@@ -212,6 +212,15 @@ def test_an_index_rebuilt_from_the_tars_is_the_same(shard_dir, tmp_path):
     assert tree(tmp_path / "set") == tree(shard_dir)
 
 
+def test_a_tar_that_is_there_twice_is_not_indexed_twice(shard_dir, tmp_path, executor):
+    shutil.copytree(shard_dir, tmp_path / "set")
+    shutil.copy(tmp_path / "set" / "train-000000.tar", tmp_path / "set" / "train-000009.tar")
+    (tmp_path / "set" / "dataset.json").unlink()
+    with pytest.raises(ValueError, match=r"train-000000.tar and train-000009.tar both hold b\w+/scene_\d+; remove one"):
+        rebuild_index(tmp_path / "set", executor)
+    assert not (tmp_path / "set" / "dataset.json").exists()
+
+
 @pytest.mark.parametrize("blocks", range(1, 45))
 def test_a_tar_of_any_length_is_whole(tmp_path, blocks):
     """tar fills up its last record, and what ends an archive may need one more."""

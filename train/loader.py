@@ -420,7 +420,9 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
         resource_tracker.ensure_running()  # it unblocks signals, so not in between
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            forkserver.ensure_running()  # what is blocked now stays so in it and in the workers
+            # What is blocked now stays so in it and in the workers. Stopping is left to the trainer: a signal to the
+            # whole process group must not take the next batch away from it.
+            forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return StatefulDataLoader(
@@ -435,13 +437,8 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
 
 
 def start_worker(_: int) -> None:
-    """Leave stopping to the trainer: a signal to the whole process group must not take the next batch away from it.
-
-    But end with it: torch looks for the parent, which is the server that forked the worker.
-    """
+    """End with the trainer: torch looks for the parent, which is the server that forked the worker."""
     end_with_parent()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)  # there is a worker a core
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import time
 from collections import Counter
@@ -92,8 +93,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
 
     # Model
     out_dir = Path(config.out_dir)
-    if not dry_run:
-        world.from_main(lambda: held.enter_context(locked_folder(out_dir)))
+    world.from_main(lambda: check_place(out_dir) if dry_run else held.enter_context(locked_folder(out_dir)))
     newest = world.from_main(lambda: find_start(config, out_dir, repair=not dry_run))
     saved = None if newest is None else load_run(newest)
     if saved is not None:
@@ -193,6 +193,13 @@ def what_is_validated(config: TrainConfig, train: Split, val: Split | None) -> S
     if not config.data.allow_shared_frames:
         found.check("data.allow_shared_frames=true")
     return found
+
+
+def check_place(out_dir: Path) -> None:
+    """Raises ValueError if the folder of a run cannot be made or written to."""
+    there = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{out_dir}: {there} is no folder in which you may write; give another out_dir")
 
 
 @contextmanager
