@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from golden_figures import SHARED, golden_weights, load_json
 
+from prep.cli import main as vggt_prep_main
 from shards.schema import FrameMeta
 from vggt import preset
 
@@ -38,8 +40,16 @@ def run_command(*arguments, timeout=200, **environment):
     )
 
 
-def vggt_prep(*arguments, **options):
-    return run_command("vggt-prep", *arguments, **options)
+def vggt_prep(*arguments, **environment):
+    """The command; without changes to its environment in this process, for starting another takes longer than it."""
+    if environment:
+        return run_command("vggt-prep", *arguments, **environment)
+    before = signal.getsignal(signal.SIGTERM)
+    result = CliRunner().invoke(vggt_prep_main, [str(argument) for argument in arguments], prog_name="vggt-prep")
+    signal.signal(signal.SIGTERM, before)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 def frame_meta(**changes):

@@ -21,8 +21,8 @@ from web import RangeHandler, served
 import shards
 from shards.locks import locked
 from train.loader import NoDataError, Split, TrainingSteps, stream
-from train.plan import DataConfig, TrainingPlan
 from train.main import check_place
+from train.plan import DataConfig, TrainingPlan
 from train.report import Reporter, read_lines
 
 STEPS = ["max_steps=2000", "checkpoint.every=5000", WORKER]
