@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from forked import module_of, run_forked, start_server
 from golden_figures import SHARED, golden_weights, load_json
 
 from prep.cli import main as vggt_prep_main
@@ -27,8 +28,15 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
+def pytest_sessionstart():
+    start_server()
+
+
 def run_command(*arguments, timeout=200, **environment):
     """A command of this environment, as a user would type it; its output is captured."""
+    module, rest = module_of(list(map(str, arguments[1:]))) if arguments[0] == "python" else (None, [])
+    if module:
+        return run_forked(module, rest, environment, timeout)
     return subprocess.run(
         [str(BIN / arguments[0]), *map(str, arguments[1:])],
         cwd=ROOT,
