@@ -4,7 +4,16 @@ import pytest
 import torch
 from conftest import run_command
 
-from train.checkpoint import CheckpointConfig, find_newest, load, mark_best, save, step_file, steps_saved
+from train.checkpoint import (
+    CheckpointConfig,
+    find_newest,
+    keep_milestones,
+    load,
+    mark_best,
+    save,
+    step_file,
+    steps_saved,
+)
 
 
 def content(value):
@@ -197,3 +206,40 @@ def test_best_stays_until_another_is_better(tmp_path):
     assert not (tmp_path / "best").is_symlink()
     assert steps_saved(tmp_path) == [4]
     mark_best(tmp_path / "nothing", None, config)
+
+
+def filled(folder, steps, config):
+    for step in steps:
+        save(folder, step, {"model": {"w": torch.tensor([float(step)])}}, config)
+
+
+@pytest.mark.parametrize("name", ["best", "latest"])
+def test_links_that_copying_made_files_are_links_again(tmp_path, name):
+    """Else the best would go as soon as another is saved."""
+    config = CheckpointConfig(keep=1)
+    filled(tmp_path, (1, 2), CheckpointConfig(keep=2))
+    mark_best(tmp_path, 1, config)
+    content = (tmp_path / name).read_bytes()
+    target = (tmp_path / name).readlink()
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(content)
+    assert find_newest(tmp_path, repair=False) == tmp_path / "step-00000002.pt"
+    assert not (tmp_path / name).is_symlink()
+    assert find_newest(tmp_path) == tmp_path / "step-00000002.pt"
+    assert (tmp_path / name).readlink() == target
+    filled(tmp_path, (3, 4), config)
+    assert (tmp_path / "step-00000001.pt").exists()
+
+
+def test_a_file_in_the_place_of_a_link_is_not_overwritten(tmp_path):
+    (tmp_path / "latest").write_bytes(b"of another run")
+    with pytest.raises(ValueError, match="latest: a file, where the trainer keeps a link to one; name it step-"):
+        find_newest(tmp_path)
+    assert (tmp_path / "latest").read_bytes() == b"of another run"
+
+
+def test_milestones_stay_when_later_ones_are_no_longer_asked_for(tmp_path):
+    filled(tmp_path, range(1, 6), CheckpointConfig(keep=1, milestone=2))
+    keep_milestones(tmp_path, 2)
+    filled(tmp_path, range(6, 9), CheckpointConfig(keep=1))
+    assert steps_saved(tmp_path) == [2, 4, 8]

@@ -128,3 +128,13 @@ def test_a_folder_and_the_weights_in_it_are_the_same_to_export(run, tmp_path):
         assert (tmp_path / "folder" / "model.safetensors").read_bytes() == weights
     done = export(run, run / "run/checkpoints/step-00000001.pt")
     assert "is among the checkpoints of a run" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_not_exported_as_a_whole_one(run, tmp_path):
+    content = bytearray((run / "run/checkpoints/latest").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    done = run_command("python", "-m", "train.export", tmp_path / "flipped.pt", "--out", tmp_path / "out.pt")
+    assert done.returncode == 1
+    assert "flipped.pt: damaged" in done.stderr
+    assert not (tmp_path / "out.pt").exists()

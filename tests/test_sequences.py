@@ -9,11 +9,16 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import run_command, vggt_prep
 from runs import SCRATCH, run_trainer
 
 import shards
 from shards.splits import shared_places
+from train.config import load_config
+from train.lineage import trained_before
+from train.loader import Split
+from train.main import what_is_validated
 
 OPTIONS = ("--short-side", 80)
 
@@ -144,7 +149,10 @@ def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, tmp_p
     assert done.returncode == 0, done.stderr
     assert "validating on 2 sequences of 7 of the test split, other frames of places that are trained on" in done.stdout
     assert "never trained on" not in done.stdout
-    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest = shutil.copy(tmp_path / "run" / "checkpoints" / "latest", tmp_path / "copied.pt")
+    parts, unknown = trained_before(str(latest))
+    assert [(str(shard_set), split) for shard_set, split in parts] == [(str(known_places), "train")]
+    assert unknown == []
     options = ("--shards", tmp_path / "test", "--checkpoint", latest, "--out", tmp_path / "eval")
     small = ("--min-frames", 8, "--views", 3, "--width", 56)
     evaluated = run_command("python", "-m", "train.evaluate", *options, *small, OMP_NUM_THREADS="1")
@@ -214,3 +222,29 @@ def test_frames_of_one_name_are_the_same_picture_in_another_size(captures, shard
     assert pack(captures, tmp_path / "smaller", "--short-side", 60).returncode == 0
     smaller, larger = shards.open(tmp_path / "smaller"), shards.open(shard_dir)
     assert shared_places([(smaller, "train")], [(larger, "train")]).frames == 168
+
+
+def test_what_init_began_from_counts_as_trained_on(shard_dir, tmp_path):
+    def checkpoint(name, shards, split, init):
+        other = {"train": "test", "test": "train"}[split]
+        config = {"data": {"shards": str(shards), "train_split": split, "val_split": other}, "init": init}
+        torch.save({"config": config}, tmp_path / name)
+        return str(tmp_path / name)
+
+    first = checkpoint("first.pt", shard_dir, "test", None)
+    second = checkpoint("second.pt", tmp_path / "gone", "train", first)
+    parts, unknown = trained_before(second)
+    assert [(str(shard_set), split) for shard_set, split in parts] == [(str(shard_dir), "test")]
+    assert len(unknown) == 1
+    assert "which cannot be compared with" in unknown[0]
+    config = load_config(None, [f"init={second}", f"data.shards={shard_dir}"])
+    splits = [Split([shards.open(shard_dir)], split) for split in ("train", "test")]
+    with pytest.raises(ValueError, match="frames to test on are the same as frames to train on"):
+        what_is_validated(config, *splits)
+    (tmp_path / "other.pt").write_bytes(b"no checkpoint")
+    assert (
+        trained_before(str(tmp_path / "other.pt"))
+        == trained_before("facebook/VGGT-1B")
+        == trained_before(None)
+        == ([], [])
+    )

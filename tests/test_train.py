@@ -24,7 +24,7 @@ from train.main import keep_former_best
 from train.metrics import FIGURES
 from train.plan import DataState, TrainingPlan
 from train.report import Reporter, read_lines
-from train.validate import compared_plan
+from train.validate import best_step, compared_plan
 from vggt import VGGT, preset
 
 
@@ -115,6 +115,14 @@ def test_the_former_best_stays_if_a_resume_looks_for_another(tmp_path, changes, 
         mark_best(tmp_path / "checkpoints", 7 if stays else 4, config.checkpoint)
     assert (tmp_path / "checkpoints" / "step-00000004.pt").exists()
     assert (tmp_path / "checkpoints" / "best-00000004").exists() == stays
+
+
+def test_the_best_is_found_over_the_scenes_that_all_validations_have():
+    """A scene that cannot be read any more would change the mean."""
+    easy, hard = {"scene": "a", "depth_abs_rel": 0.2}, {"scene": "b", "depth_abs_rel": 0.9}
+    worse = {"scene": "a", "depth_abs_rel": 0.3}
+    lines = [{"step": 1, "plan": 0, "scenes": [easy, hard]}, {"step": 2, "plan": 0, "scenes": [worse, {"scene": "b"}]}]
+    assert best_step(lines, "depth_abs_rel") == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 import pickle
@@ -96,6 +97,28 @@ def set_best_aside(folder: Path) -> Path | None:
     return None if step is None else (folder / BEST).rename(folder / f"{BEST}-{step:08d}")
 
 
+def keep_milestones(folder: Path, every: int) -> None:
+    """Link to each checkpoint of a multiple of `every` steps, so that it stays under another setting, too."""
+    for step in steps_saved(folder):
+        if step % every == 0:
+            _link(folder, f"milestone-{step:08d}", step_file(folder, step))
+
+
+def _restore_links(folder: Path, *, repair: bool) -> None:
+    """Copying a run may have made files of its links: link again. Raises ValueError for a file that is in no step's."""
+    for link in (folder / LATEST, folder / BEST):
+        if link.is_file() and not link.is_symlink():
+            files = [step_file(folder, step) for step in steps_saved(folder)]
+            same = [file for file in files if filecmp.cmp(link, file, shallow=False)]
+            if not same:
+                raise ValueError(
+                    f"{link}: a file, where the trainer keeps a link to one; name it step-<8 digits>.pt after its "
+                    "step, or move it elsewhere"
+                )
+            if repair:
+                _link(folder, link.name, same[0])
+
+
 def _link(folder: Path, name: str, target: Path) -> None:
     link = folder / (name + ".tmp")
     link.unlink(missing_ok=True)
@@ -104,9 +127,9 @@ def _link(folder: Path, name: str, target: Path) -> None:
 
 
 def _drop_old(folder: Path, config: CheckpointConfig) -> None:
-    """Remove the checkpoints that are not among the last, the milestones and the best."""
+    """Remove the checkpoints that are not among the last and the milestones, nor what a link points at."""
     kept = {step_file(folder, step) for step in steps_saved(folder)[-config.keep :]}
-    kept |= {folder / link.readlink() for link in folder.glob(f"{BEST}*") if link.is_symlink()}
+    kept |= {folder / link.readlink() for link in folder.glob("*") if link.is_symlink()}
     for step in steps_saved(folder):
         is_milestone = config.milestone is not None and step % config.milestone == 0
         if step_file(folder, step) not in kept and not is_milestone:
@@ -133,6 +156,7 @@ def find_newest(folder: Path, *, repair: bool = True) -> Path | None:
     """
     for leftover in folder.glob("*.tmp") if repair else ():
         leftover.unlink()
+    _restore_links(folder, repair=repair)
     for step in reversed(steps_saved(folder)):
         path = step_file(folder, step)
         damaged = damage(path)

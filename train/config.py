@@ -179,11 +179,15 @@ def read_config(out_dir: Path) -> dict[str, Any]:
 
 def read_data(out_dir: Path) -> DataConfig:
     """The data section of a run. Raises ValueError for a configuration that is missing or damaged."""
-    values = read_config(out_dir)["data"]
+    return data_config(read_config(out_dir)["data"], str(out_dir / CONFIG_FILE))
+
+
+def data_config(values: dict[str, Any], where: str) -> DataConfig:
+    """A data section as YAML's types. Raises ValueError that says where it is wrong."""
     try:
         return _build(DataConfig, values, "data.")
     except ValueError as error:
-        raise ValueError(f"{out_dir / CONFIG_FILE}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
 class _Typed(str):

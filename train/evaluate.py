@@ -25,12 +25,13 @@ import torch
 from rich.console import Console
 
 import shards
-from shards.splits import shared_places
+from shards.splits import Part, shared_places
 from shards.writer import atomic_file
 from train.bootstrap import is_finite
 from train.config import CONFIG_FILE, Precision, read_data, user_path
 from train.distributed import World, fail, start_world
 from train.guesses import GUESSES, guess_figures, mean_relative_pose
+from train.lineage import trained_before
 from train.loader import Split, worker_count
 from train.metrics import scene_figures
 from train.page import make_page
@@ -157,14 +158,10 @@ def what_is_known(labels: list[str], job: Job, split: str, allow_shared_frames: 
     if split == "train":
         return "of the split that is trained on"
     (shard_set,) = job.split.shard_sets
-    trained, unknown = [(shard_set, "train")], []
-    for run in filter(None, map(run_of, labels)):
-        data = read_data(run)
-        for source in data.sources:
-            try:
-                trained.append((shards.open(source.path), data.train_split))
-            except (ValueError, OSError) as error:
-                unknown.append(f"{run} was trained on {source.path}, which cannot be compared with: {error}")
+    trained: list[Part] = [(shard_set, "train")]
+    unknown: list[str] = []
+    for parts, problems in map(trained_before, labels):
+        trained, unknown = trained + parts, unknown + problems
     only = {(0, scene.sequence) for chosen in job.chosen for scene in chosen.step.scenes}
     found = shared_places(trained, [(shard_set, split)], only)
     if not allow_shared_frames:

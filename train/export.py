@@ -23,7 +23,7 @@ from train.config import CONFIG_FILE, user_path
 from train.optim import freeze
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
-from vggt.weights import FILE_SUFFIXES, WEIGHT_FILES, heads_in, read_checkpoint, write_file, write_folder
+from vggt.weights import FILE_SUFFIXES, WEIGHT_FILES, damage, heads_in, read_checkpoint, write_file, write_folder
 
 
 def main() -> None:
@@ -53,6 +53,9 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
     """
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: no such file; expected a checkpoint of the trainer, OUT/checkpoints/latest")
+    damaged = damage(checkpoint)
+    if damaged is not None:
+        raise ValueError(f"{checkpoint}: damaged ({damaged}); take the one before")
     saved = load(checkpoint)
     missing = {"model", "model_config", "config"} - set(saved)
     if missing:

@@ -26,9 +26,20 @@ import shards
 from shards import ShardSet
 from shards.locks import locked
 from shards.splits import SharedPlaces, shared_places
-from train.checkpoint import best_saved, find_newest, load, mark_best, save, set_best_aside, step_file, steps_saved
+from train.checkpoint import (
+    best_saved,
+    find_newest,
+    keep_milestones,
+    load,
+    mark_best,
+    save,
+    set_best_aside,
+    step_file,
+    steps_saved,
+)
 from train.config import CONFIG_FILE, TrainConfig, flatten, load_config, read_config, to_dict, write_config
 from train.distributed import World, fail, start_world
+from train.lineage import trained_before
 from train.loader import NoDataError, Split, TrainingSteps, blank_batch, next_batch, stream, worker_count
 from train.memory import peak_gb, rehearse, said_out_of_memory
 from train.optim import freeze, make_optimizer, set_lr
@@ -128,6 +139,9 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
         state = DataState(saved["data"]["step"], tuple(saved["data"]["positions"]))
         if world.is_main and not dry_run:
             keep_former_best(out_dir, saved["config"], config)
+            milestone = saved["config"]["checkpoint"].get("milestone")
+            if milestone not in (None, config.checkpoint.milestone):
+                keep_milestones(out_dir / "checkpoints", milestone)
         del saved
     about = describe_start(config, model, train_split, val_split, validated, world, workers)
     if dry_run:
@@ -187,9 +201,12 @@ def what_is_validated(config: TrainConfig, train: Split, val: Split | None) -> S
         return None
     steps, _ = validation_plan(config.data, val.lengths, rank=0, world_size=1)
     trained = [(shard_set, config.data.train_split) for shard_set in train.shard_sets]
+    before, unknown = trained_before(config.init)
+    for problem in unknown:
+        log.warning("%s", problem)
     tested = [(shard_set, config.data.val_split) for shard_set in val.shard_sets]
     only = {(scene.source, scene.sequence) for step in steps for scene in step.scenes}
-    found = shared_places(trained, tested, only)
+    found = shared_places(trained + before, tested, only)
     if not config.data.allow_shared_frames:
         found.check("data.allow_shared_frames=true")
     return found
@@ -330,6 +347,9 @@ class Run:
             reporter.scalars(step, config.data.val_split, result.means)
             reporter.scenes(step, compared_plan(config), result.names, result.by_scene)
             reporter.say(f"step {step}: {config.data.val_split} {describe_figures(result.means)}")
+            missing = [name for name, figures in zip(result.names, result.by_scene, strict=True) if not figures]
+            if missing:
+                reporter.say(f"{len(missing)} of {len(result.names)} scenes cannot be read: {', '.join(missing[:3])}")
             publish_pictures(result, step, self.out_dir, reporter)
             if world.from_main(lambda: self._best_step(step) == step):
                 self.save(state)

@@ -122,8 +122,9 @@ def _compare(
 ) -> list[str]:
     """The last validation against the first, scene by scene, and which was the best."""
     first, last = validations[0], validations[-1]
+    told = sum(len(scene) > 1 for scene in last["scenes"])  # beside its name
     text = [
-        f"On {count(len(last['scenes']), 'sequence')} of the {config.data.val_split} split, {validated.words}, "
+        f"On {count(told, 'sequence')} of the {config.data.val_split} split, {validated.words}, "
         f"step {first['step']} -> step {last['step']}:"
     ]
     signs = []

@@ -133,11 +133,17 @@ def scene_losses(predictions: dict[str, Any], batch: Batch, config: TrainConfig)
 
 
 def best_step(lines: list[dict[str, Any]], name: str) -> int | None:
-    """The step of the best mean of a figure, the first of equals, among lines of validation.jsonl; None without any."""
+    """The step of the best mean of a figure, the first of equals, among lines of validation.jsonl; None without any.
+
+    Over the scenes that have it in all of them: one that cannot be read any more would change the mean.
+    """
     sign = -1 if name in FIGURES and FIGURES[name].higher_is_better else 1
     found = []
-    for line in comparable(lines):
-        values = [scene.get(name) for scene in line["scenes"] if name in scene]
+    lines = comparable(lines)
+    by_scene = zip(*(line["scenes"] for line in lines), strict=False)
+    common = [all(name in scene for scene in same) for same in by_scene]
+    for line in lines:
+        values = [scene[name] for scene, in_all in zip(line["scenes"], common, strict=False) if in_all]
         if values and None not in values:  # None: not finite
             found.append((sign * float(np.mean(values)), line["step"]))
     return min(found)[1] if found else None
