@@ -41,7 +41,7 @@ def doubtful_lengths(frames: list[PackedFrame]) -> str | None:
     depths = [frame.median_depth for frame in frames if frame.median_depth is not None]
     centers = camera_centers(frames)
     distances = np.linalg.norm(centers - np.median(centers, axis=0), axis=1)
-    extent, stray = np.quantile(distances, 0.9), int(distances.argmax())
+    extent, stray = np.quantile(distances, 0.9, method="lower"), int(distances.argmax())
     if distances[stray] > MAX_STRAY * extent > 0:
         return f"{frames[stray].meta.source}: its camera is {distances[stray] / extent:.2g} times as far out as most"
     if not depths or len(frames) < 2:

@@ -24,7 +24,7 @@ RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost co
 OUTAGE_PAUSE, OUTAGE_PATIENCE = 30, 600  # seconds, after those and in all, while frames are read: a run of days waits
 REFUSED = (401, 403, 404)  # statuses of HTTP for which waiting is no use
 HTTP_PATIENCE = 30  # seconds of silence
-SPANS_PATIENCE = 300  # seconds for all spans of a call, some MB: a server may also trickle
+SPANS_PATIENCE = OUTAGE_PATIENCE / 6  # for all spans of a call, some MB: a server may also trickle
 
 Result = TypeVar("Result")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ def module_of(arguments):
 def run_forked(module, arguments, environment, timeout):
     """What subprocess.run would return, text captured."""
     with tempfile.TemporaryDirectory() as folder:
-        process = CONTEXT.Process(target=_run, args=(module, arguments, environment, folder))
+        process = CONTEXT.Process(target=_run, args=(module, arguments, os.environ | environment, folder))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -52,4 +53,7 @@ def _run(module, arguments, environment, folder):
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     sys.argv = [module, *arguments]
-    importlib.import_module(module).main()
+    try:
+        importlib.import_module(module).main()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out

@@ -165,7 +165,10 @@ def print_checks(checks: dict[str, float]) -> None:
     worst = sorted(checks, key=lambda key: checks[key])[:3]
     print("  least: " + ", ".join(f"{key} {checks[key]:.0%}" for key in worst))
     if apart < len(shares) and np.median(shares) < DOUBTFUL <= np.median(shares[shares > 0]):
-        print("  Where views share anything, they agree: most views of these scenes show different parts of them.")
+        print(
+            "  Where views share anything, they agree: the views of the other scenes show different parts of them, or "
+            "their cameras, depth unit or intrinsics are wrong: look at vggt-prep preview."
+        )
     elif np.median(shares) < DOUBTFUL:
         print("  Cameras, depth unit or intrinsics are probably wrong: look at vggt-prep preview.")
 

@@ -265,16 +265,18 @@ def probe(out: Path) -> None:
 
 def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], shown: str, out: Path) -> None:
     """Print the table and what it means; write results.json and report.html."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    console.print(headline(results))
-    console.print(table(results))
-    for line in [*remarks(results), *verdicts(results)]:
-        console.print(line)
-    with atomic_file(out / RESULTS_FILE) as file:
-        file.write(json.dumps(results, indent=1).encode())
-    run = run_of(shown)
-    with atomic_file(out / PAGE_FILE) as file:
-        file.write(make_page(results, gallery, shown, read_lines(run / METRICS_FILE) if run else []).encode())
+    try:
+        with atomic_file(out / RESULTS_FILE) as file:
+            file.write(json.dumps(results, indent=1).encode())
+        run = run_of(shown)
+        with atomic_file(out / PAGE_FILE) as file:
+            file.write(make_page(results, gallery, shown, read_lines(run / METRICS_FILE) if run else []).encode())
+    finally:  # a full disk hides no figure, and whoever reads these no longer loses none
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(headline(results))
+        console.print(table(results))
+        for line in [*remarks(results), *verdicts(results)]:
+            console.print(line)
     console.print(f"\n{out / PAGE_FILE}: pictures, and scenes to turn; {out / RESULTS_FILE}: all figures")
 
 

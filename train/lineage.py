@@ -24,9 +24,13 @@ def trained_before(source: str | None) -> tuple[list[Part], list[str]]:
             config = load(path).get("config")
         except (ValueError, AttributeError):  # a file of another kind
             config = None
-        if not isinstance(config, dict):
+        if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
             break
-        data = data_config(config["data"], str(path))
+        try:
+            data = data_config(config["data"], str(path))
+        except ValueError as error:  # of another version
+            unknown.append(f"what {source} was trained on is not known: {error}")
+            break
         for place in data.sources:
             try:
                 parts.append((shards.open(place.path), data.train_split))

@@ -99,7 +99,6 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
     train_split = Split(shard_sets, config.data.train_split)
     with_val = [shard_set for shard_set in shard_sets if config.data.val_split in shard_set.dataset["splits"]]
     val_split = Split(with_val, config.data.val_split) if with_val else None
-    validated = world.from_main(lambda: what_is_validated(config, train_split, val_split))
     workers = worker_count(config.data.workers, world.local_size)
 
     # Model
@@ -109,7 +108,8 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry_run: bool) ->
     saved = None if newest is None else load_run(newest)
     if saved is not None:
         check_resumable(saved, config, shard_sets)
-        config = replace(config, init=config.init or saved["config"].get("init"))  # export lays the weights over it
+        config = with_init_of(config, saved["config"].get("init"))
+    validated = world.from_main(lambda: what_is_validated(config, train_split, val_split))
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
     if config.init is not None and saved is None:
@@ -210,6 +210,20 @@ def what_is_validated(config: TrainConfig, train: Split, val: Split | None) -> S
     if not config.data.allow_shared_frames:
         found.check("data.allow_shared_frames=true")
     return found
+
+
+def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:
+    """A run's configuration with the `init` that it began from, over which export lays its weights.
+
+    Its place may have changed. Raises ValueError if it began from nothing, and is now given one.
+    """
+    if config.init is not None and before is None:
+        raise ValueError(f"{config.out_dir}: began without init, now it is {config.init}; {elsewhere(config)}")
+    if config.init not in (None, before):
+        log.warning(
+            "init: was %s, and is now %s; it must be the same checkpoint, in another place", before, config.init
+        )
+    return replace(config, init=config.init or before)
 
 
 def check_place(out_dir: Path) -> None:

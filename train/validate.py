@@ -139,7 +139,7 @@ def best_step(lines: list[dict[str, Any]], name: str) -> int | None:
     """
     sign = -1 if name in FIGURES and FIGURES[name].higher_is_better else 1
     found = []
-    lines = comparable(lines)
+    lines = [line for line in comparable(lines) if any(name in scene for scene in line["scenes"])]
     by_scene = zip(*(line["scenes"] for line in lines), strict=False)
     common = [all(name in scene for scene in same) for same in by_scene]
     for line in lines:
