@@ -20,7 +20,7 @@ import shards
 from train.checkpoint import mark_best, save
 from train.config import load_config, to_dict
 from train.loader import Split
-from train.main import keep_former_best
+from train.main import keep_former_best, with_init_of
 from train.metrics import FIGURES
 from train.plan import DataState, TrainingPlan
 from train.report import Reporter, read_lines
@@ -117,12 +117,21 @@ def test_the_former_best_stays_if_a_resume_looks_for_another(tmp_path, changes, 
     assert (tmp_path / "checkpoints" / "best-00000004").exists() == stays
 
 
+def test_a_resume_may_find_what_it_began_from_elsewhere_but_not_begin_from_something_else():
+    config = load_config(None, ["init=b"])
+    assert with_init_of(config, "a").init == "b"
+    assert with_init_of(load_config(None, ["model.freeze=[]"]), "a").init == "a"
+    with pytest.raises(ValueError, match="began without init, now it is b"):
+        with_init_of(config, None)
+
+
 def test_the_best_is_found_over_the_scenes_that_all_validations_have():
     """A scene that cannot be read any more would change the mean."""
     easy, hard = {"scene": "a", "depth_abs_rel": 0.2}, {"scene": "b", "depth_abs_rel": 0.9}
     worse = {"scene": "a", "depth_abs_rel": 0.3}
     lines = [{"step": 1, "plan": 0, "scenes": [easy, hard]}, {"step": 2, "plan": 0, "scenes": [worse, {"scene": "b"}]}]
     assert best_step(lines, "depth_abs_rel") == 1
+    assert best_step([*lines, {"step": 3, "plan": 0, "scenes": [{"scene": "a"}, {"scene": "b"}]}], "depth_abs_rel") == 1
 
 
 @pytest.mark.slow
