@@ -196,26 +196,15 @@ def test_a_set_that_took_the_place_of_another_is_read_anew(shard_dir, tmp_path):
     assert opened.read(0) != shards.open(shard_dir).read(0)
 
 
-def test_a_server_that_falls_silent_is_an_error_that_names_it(shard_dir, monkeypatch):
+@pytest.mark.parametrize(("how", "limit"), [("stalled", "HTTP_PATIENCE"), ("trickling", "SPANS_PATIENCE")])
+def test_a_server_that_falls_silent_or_trickles_is_an_error_that_names_it(shard_dir, monkeypatch, how, limit):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
     monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
-    monkeypatch.setattr(shards.storage, "HTTP_PATIENCE", 0.3)
+    monkeypatch.setattr(shards.storage, limit, 0.3)
     with served(shard_dir) as server:
         opened = shards.open(server.url)
-        server.latency = 1
+        setattr(server, how, ".tar")
         with pytest.raises(shards.StorageError, match=rf"{server.url}/.*\.tar: not to be read in 2 tries"):
-            opened.read(0)
-
-
-def test_a_server_that_trickles_is_an_error_that_names_it(shard_dir, monkeypatch):
-    """Though it never falls silent."""
-    monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
-    monkeypatch.setattr(shards.storage, "SPANS_PATIENCE", 0.5)
-    with served(shard_dir) as server:
-        opened = shards.open(server.url)
-        server.trickling = ".tar"
-        with pytest.raises(shards.StorageError, match=r"\.tar: not to be read in 2 tries: .*after 0.5 s"):
             opened.read(0)
 
 

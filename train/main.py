@@ -480,11 +480,10 @@ def keep_former_best(out_dir: Path, before: dict[str, Any], now: TrainConfig) ->
     That is by another figure or on other scenes, or in validations whose file is gone.
     """
     folder = out_dir / "checkpoints"
-    same_way = before["checkpoint"].get("best") == now.checkpoint.best
-    lines = [line for line in read_lines(out_dir / SCENES_FILE) if line["plan"] == compared_plan(now)]
-    former = (
-        set_best_aside(folder) if not same_way or best_saved(folder) not in {line["step"] for line in lines} else None
-    )
+    steps = [line["step"] for line in read_lines(out_dir / SCENES_FILE) if line["plan"] == compared_plan(now)]
+    if before["checkpoint"].get("best") == now.checkpoint.best and best_saved(folder) in steps:
+        return
+    former = set_best_aside(folder)
     if former is not None:
         log.warning(
             "%s: what was the best stays; by other validations or another figure, so `best` begins anew", former
