@@ -16,6 +16,7 @@ from runs import SCRATCH, run_trainer
 import shards
 from shards.splits import shared_places
 from train.config import load_config
+from train.evaluate import trained_width
 from train.lineage import trained_before
 from train.loader import Split
 from train.main import what_is_validated
@@ -153,6 +154,7 @@ def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, tmp_p
     parts, unknown = trained_before(str(latest))
     assert [(str(shard_set), split) for shard_set, split in parts] == [(str(known_places), "train")]
     assert unknown == []
+    assert trained_width(["facebook/VGGT-1B", str(latest)]) == 56
     options = ("--shards", tmp_path / "test", "--checkpoint", latest, "--out", tmp_path / "eval")
     small = ("--min-frames", 8, "--views", 3, "--width", 56)
     evaluated = run_command("python", "-m", "train.evaluate", *options, *small, OMP_NUM_THREADS="1")

@@ -177,11 +177,6 @@ def read_config(out_dir: Path) -> dict[str, Any]:
     return values
 
 
-def read_data(out_dir: Path) -> DataConfig:
-    """The data section of a run. Raises ValueError for a configuration that is missing or damaged."""
-    return data_config(read_config(out_dir)["data"], str(out_dir / CONFIG_FILE))
-
-
 def data_config(values: dict[str, Any], where: str) -> DataConfig:
     """A data section as YAML's types. Raises ValueError that says where it is wrong."""
     try:

@@ -28,10 +28,10 @@ import shards
 from shards.splits import Part, shared_places
 from shards.writer import atomic_file
 from train.bootstrap import is_finite
-from train.config import CONFIG_FILE, Precision, read_data, user_path
+from train.config import CONFIG_FILE, Precision, data_config, user_path
 from train.distributed import World, fail, start_world
 from train.guesses import GUESSES, guess_figures, mean_relative_pose
-from train.lineage import trained_before
+from train.lineage import saved_config, trained_before
 from train.loader import Split, worker_count
 from train.metrics import scene_figures
 from train.page import make_page
@@ -170,9 +170,9 @@ def what_is_known(labels: list[str], job: Job, split: str, allow_shared_frames: 
 
 
 def trained_width(sources: list[str]) -> int | None:
-    """The width of the images that the first of these checkpoints that is of a run was trained on; None: none is."""
-    run = next(filter(None, map(run_of, sources)), None)
-    return read_data(run).width if run else None
+    """The width of the images that the first of these checkpoints that the trainer wrote was trained on; None: none."""
+    config = next(filter(None, map(saved_config, sources)), None)
+    return data_config(config["data"], "config").width if config else None
 
 
 def run_of(source: str) -> Path | None:

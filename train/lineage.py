@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import shards
 from shards.splits import Part
@@ -10,24 +11,28 @@ from train.checkpoint import load
 from train.config import data_config
 
 
+def saved_config(source: str) -> dict[str, Any] | None:
+    """The configuration of the run that wrote a checkpoint; None for anything but a file of the trainer."""
+    path = Path(source).expanduser()
+    try:
+        config = load(path).get("config") if path.is_file() else None
+    except (ValueError, AttributeError):  # a file of another kind
+        return None
+    return config if isinstance(config, dict) and isinstance(config.get("data"), dict) else None
+
+
 def trained_before(source: str | None) -> tuple[list[Part], list[str]]:
     """The splits that a checkpoint was trained on, those of its `init` included, and what of them cannot be opened.
 
-    Empty for None, and for anything but a file that the trainer has written: others do not say.
+    Empty for None, and for what says nothing of that.
     """
     parts: list[Part] = []
     unknown: list[str] = []
-    seen: set[Path] = set()
-    while source is not None and (path := Path(source).expanduser().resolve()).is_file() and path not in seen:
-        seen.add(path)
+    seen: set[str] = set()
+    while source is not None and source not in seen and (config := saved_config(source)) is not None:
+        seen.add(source)
         try:
-            config = load(path).get("config")
-        except (ValueError, AttributeError):  # a file of another kind
-            config = None
-        if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
-            break
-        try:
-            data = data_config(config["data"], str(path))
+            data = data_config(config["data"], source)
         except ValueError as error:  # of another version
             unknown.append(f"what {source} was trained on is not known: {error}")
             break
