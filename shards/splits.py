@@ -75,7 +75,7 @@ def shared_places(
         for number, row in enumerate(shard_set.sequences[_in_split(shard_set, split)]):
             if only is None or (place, number) in only:
                 others = namesakes.get(_key(row), [])
-                same = [(other, match) for other, match in others if _same_source(other, shard_set)]
+                same = [(other, match) for other, match in others if _same_source(other, shard_set, row)]
                 seen = known[_frames(row)]
                 for other, match in same:
                     seen |= np.isin(_names(shard_set, row), _names(other, match))
@@ -91,9 +91,17 @@ def _key(sequence: np.void) -> tuple[bytes, bytes]:
     return bytes(sequence["category"]), bytes(sequence["name"])
 
 
-def _same_source(a: ShardSet, b: ShardSet) -> bool:
-    files = [set(shard_set.dataset["source"].get("annotations", {}).values()) for shard_set in (a, b)]
-    return a.digest == b.digest or bool(files[0] & files[1])
+def _same_source(a: ShardSet, b: ShardSet, sequence: np.void) -> bool:
+    return a.digest == b.digest or bool(_annotations(a, sequence) & _annotations(b, sequence))
+
+
+def _annotations(shard_set: ShardSet, sequence: np.void) -> set[str]:
+    """The digests of the files that frames of a sequence's category come from; one of an empty split tells nothing."""
+    of_category = shard_set.sequences[shard_set.sequences["category"] == sequence["category"]]
+    category, splits = sequence["category"].decode(), {split.decode() for split in of_category["split"]}
+    files = shard_set.dataset["source"].get("annotations", {})
+    names = (f"{category}/frame_annotations.jgz", *(f"{category}_{split}.jgz" for split in splits))
+    return {files[name] for name in names if name in files}
 
 
 def _frames(sequence: np.void) -> slice:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 from fsspec.exceptions import FSTimeoutError
 from fsspec.utils import get_protocol
@@ -24,7 +25,7 @@ RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost co
 OUTAGE_PAUSE, OUTAGE_PATIENCE = 30, 600  # seconds, after those and in all, while frames are read: a run of days waits
 REFUSED = (401, 403, 404)  # statuses of HTTP for which waiting is no use
 HTTP_PATIENCE = 30  # seconds of silence
-SPANS_PATIENCE = OUTAGE_PATIENCE / 6  # for all spans of a call, some MB: a server may also trickle
+PATIENCE = OUTAGE_PATIENCE / 6  # seconds for some MB: a server may also trickle
 
 Result = TypeVar("Result")
 
@@ -111,20 +112,20 @@ class RemoteStorage:
     def sizes(self, names: list[str]) -> list[int | None]:
         fs, root = _filesystem(self.url)
         try:
-            return _tried(self.url, lambda: fs.sizes([f"{root}/{name}" for name in names]))
+            return _tried(self.url, lambda: _within(fs, "sizes", [f"{root}/{name}" for name in names]))
         except FileNotFoundError:  # of one of them
             return [self._size(name) for name in names]
 
     def _size(self, name: str) -> int | None:
         fs, root = _filesystem(self.url)
         try:
-            return _tried(f"{self.url}/{name}", lambda: fs.size(f"{root}/{name}"))
+            return _tried(f"{self.url}/{name}", lambda: _within(fs, "size", f"{root}/{name}"))
         except FileNotFoundError:
             return None
 
     def read(self, name: str) -> bytes:
         fs, root = _filesystem(self.url)
-        return _tried(f"{self.url}/{name}", lambda: fs.cat_file(f"{root}/{name}"))
+        return _tried(f"{self.url}/{name}", lambda: _within(fs, "cat_file", f"{root}/{name}"))
 
     def read_spans(self, spans: list[Span]) -> list[bytes]:
         fs, root = _filesystem(self.url)
@@ -173,11 +174,20 @@ def _tried(where: str, call: Callable[[], Result]) -> Result:
 
 def _cat_ranges(fs: Any, paths: list[str], starts: list[int], ends: list[int]) -> list[Any]:
     """The bytes of each range, or why there are none."""
-    limit = {"timeout": SPANS_PATIENCE} if fs.async_impl else {}
     try:
-        return fs.cat_ranges(paths, starts, ends, on_error="return", **limit)
-    except FSTimeoutError:
-        return [TimeoutError(f"not there after {SPANS_PATIENCE} s") for _ in paths]
+        return _within(fs, "cat_ranges", paths, starts, ends, on_error="return")
+    except TimeoutError as error:
+        return [error for _ in paths]
+
+
+def _within(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
+    """What a method of a file system gives, in PATIENCE. Raises TimeoutError after that."""
+    if not fs.async_impl:  # a local or mounted one
+        return getattr(fs, method)(*arguments, **options)
+    try:
+        return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=PATIENCE, **options)
+    except FSTimeoutError as error:
+        raise TimeoutError(f"not there after {PATIENCE:g} s") from error
 
 
 def _is_final(answer: bytes | Exception) -> bool:
@@ -207,6 +217,10 @@ def _said(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        cause = error.__cause__  # fsspec calls a file missing whose size a server does not give, for whatever reason
+        lost = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | PermissionError)
+        if lost or getattr(cause, "status", 404) not in REFUSED:
+            raise StorageError(f"{where}: {cause!r}") from error
         raise FileNotFoundError(f"{where}: no such file") from error
     except Exception as error:
         raise StorageError(f"{where}: {str(error) or repr(error)} ({type(error).__name__})") from error

@@ -193,6 +193,9 @@ def test_equal_names_in_sets_of_other_captures_are_called_that(shard_dir, tmp_pa
     found = shared_places([(two, "train")], [(one, "train")])
     assert (found.sequences, found.namesakes, found.frames) == (0, 7, 0)
     assert found.words == "named like sequences that are trained on, which may be the same places"
+    for opened in (one, two):
+        opened.dataset["source"]["annotations"]["other_test.jgz"] = "of a file that is empty in both"
+    assert shared_places([(two, "train")], [(one, "train")]) == found
     assert shared_places([(one, "train"), (two, "train")], [(one, "test"), (two, "test")]).words == "never trained on"
 
 

@@ -196,7 +196,7 @@ def test_a_set_that_took_the_place_of_another_is_read_anew(shard_dir, tmp_path):
     assert opened.read(0) != shards.open(shard_dir).read(0)
 
 
-@pytest.mark.parametrize(("how", "limit"), [("stalled", "HTTP_PATIENCE"), ("trickling", "SPANS_PATIENCE")])
+@pytest.mark.parametrize(("how", "limit"), [("stalled", "HTTP_PATIENCE"), ("trickling", "PATIENCE")])
 def test_a_server_that_falls_silent_or_trickles_is_an_error_that_names_it(shard_dir, monkeypatch, how, limit):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
     monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
@@ -206,6 +206,21 @@ def test_a_server_that_falls_silent_or_trickles_is_an_error_that_names_it(shard_
         setattr(server, how, ".tar")
         with pytest.raises(shards.StorageError, match=rf"{server.url}/.*\.tar: not to be read in 2 tries"):
             opened.read(0)
+        setattr(server, how, "dataset.json")
+        with pytest.raises(shards.StorageError, match=rf"{server.url}/dataset.json: "):
+            shards.open(server.url)
+
+
+def test_files_whose_size_a_server_does_not_give_are_not_called_missing(shard_dir, monkeypatch):
+    monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01,))
+    with served(shard_dir) as server:
+        storage = shards.storage.storage_at(server.url)
+        assert storage.sizes(["train-000000.tar", "no.tar"]) == [(shard_dir / "train-000000.tar").stat().st_size, None]
+        server.failures = 1000
+        with pytest.raises(shards.StorageError, match="503"):
+            storage.sizes(["train-000000.tar"])
+    with pytest.raises(shards.StorageError, match="Connect"):
+        storage.sizes(["train-000000.tar"])
 
 
 def test_a_fork_while_another_thread_reads_does_not_hang(shard_dir):

@@ -10,6 +10,7 @@ depth and projects the points into the others: where both know a depth, right ca
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import Counter
@@ -132,9 +133,9 @@ def cross_view_agreement(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: 
     """The share of view 0's points whose depth another view confirms, of those that it has a depth for.
 
     depth [S, H, W] (0: unknown), extrinsics [S, 3, 4], intrinsics [S, 3, 3]. None without depth in view 0 and another
-    one; 0 if there is depth, but no point of view 0 falls where another has some, as with depths in a wrong unit. Right
-    data does not reach 1, as views hide things from each other; to leave out what seems hidden would let wrong cameras
-    pass.
+    one; NaN if there is depth, but no point of view 0 falls where another has some, as with depths in a wrong unit.
+    Right data does not reach 1, as views hide things from each other; to leave out what seems hidden would let wrong
+    cameras pass.
     """
     if not (depth[0] > 0).any() or not (depth[1:] > 0).any():
         return None
@@ -146,31 +147,30 @@ def cross_view_agreement(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: 
         known = (there > 0) & np.isfinite(z)
         compared += int(known.sum())
         agree += int((np.abs(there[known] / z[known] - 1) < AGREEMENT).sum())
-    return agree / compared if compared else 0.0
+    return agree / compared if compared else math.nan
 
 
 def print_checks(checks: dict[str, float]) -> None:
     if not checks:
         print("cross-view check: not possible, as no scene has depth in two views")
         return
-    shares = np.array(list(checks.values()))
-    print(
-        f"cross-view check of {len(checks)} scenes: points of the first view agree with the others' depth to "
-        f"{AGREEMENT:.0%} at {np.median(shares):.0%} of the pixels (median; 10% of the scenes are below "
-        f"{np.percentile(shares, 10):.0%}); what one view hides from the other cannot agree"
-    )
-    apart = sum(share == 0 for share in checks.values())
-    if apart:
-        print(f"  In {apart} of them no point of the first view agrees with another view.")
-    worst = sorted(checks, key=lambda key: checks[key])[:3]
-    print("  least: " + ", ".join(f"{key} {checks[key]:.0%}" for key in worst))
-    if apart < len(shares) and np.median(shares) < DOUBTFUL <= np.median(shares[shares > 0]):
+    known = {key: share for key, share in checks.items() if not math.isnan(share)}
+    apart = len(checks) - len(known)
+    if known:
+        shares = np.array(list(known.values()))
         print(
-            "  Where views share anything, they agree: the views of the other scenes show different parts of them, or "
-            "their cameras, depth unit or intrinsics are wrong: look at vggt-prep preview."
+            f"cross-view check of {len(known)} scenes: points of the first view agree with the others' depth to "
+            f"{AGREEMENT:.0%} at {np.median(shares):.0%} of the pixels (median; 10% of the scenes are below "
+            f"{np.percentile(shares, 10):.0%}); what one view hides from the other cannot agree"
         )
-    elif np.median(shares) < DOUBTFUL:
+        worst = sorted(known, key=lambda key: known[key])[:3]
+        print("  least: " + ", ".join(f"{key} {known[key]:.0%}" for key in worst))
+    if apart:
+        print(f"In {apart} of {len(checks)} scenes no point of the first view falls where another view has a depth.")
+    if not known or np.median(list(known.values())) < DOUBTFUL:
         print("  Cameras, depth unit or intrinsics are probably wrong: look at vggt-prep preview.")
+    elif apart > len(known):
+        print("  Do their views show different parts? If not, depth unit or cameras are wrong: see vggt-prep preview.")
 
 
 def draw_batch(batch: dict[str, Any]) -> np.ndarray:

@@ -171,8 +171,8 @@ def what_is_known(labels: list[str], job: Job, split: str, allow_shared_frames: 
 
 def trained_width(sources: list[str]) -> int | None:
     """The width of the images that the first of these checkpoints that the trainer wrote was trained on; None: none."""
-    config = next(filter(None, map(saved_config, sources)), None)
-    return data_config(config["data"], "config").width if config else None
+    configs = ((saved_config(source), source) for source in sources)
+    return next((data_config(config["data"], source).width for config, source in configs if config), None)
 
 
 def run_of(source: str) -> Path | None:
