@@ -9,10 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from prep.cameras import OpenCVCamera
-from prep.render import Camera, render
-from prep.source import Frame, Sequence
-from prep.synth import make_orbit, make_scene, stereo_depth
+from prep.importers.cameras import OpenCVCamera
+from prep.importers.source import Frame, Sequence
+from prep.synth.render import Camera, render
+from prep.synth.scenes import make_orbit, make_scene, stereo_depth
 from shards.codecs import encode_jpeg
 
 LONG, SHORT = 1440, 1080

@@ -33,16 +33,19 @@ from pairs import ratio
 from PIL import Image
 
 import shards
-from prep.co3d import Co3D
-from prep.executors import process_pool
-from prep.frames import FAR_PERCENTILE, MASK_THRESHOLD
-from prep.pack import PackOptions, pack
-from prep.source import Frame, Source
+from prep.importers.co3d import Co3D
+from prep.importers.source import Frame, Source
+from prep.packing.executors import process_pool
+from prep.packing.frames import FAR_PERCENTILE, MASK_THRESHOLD
+from prep.packing.pack import PackOptions, pack
 from shards.codecs import decode_depth, decode_jpeg
 from shards.index import TarIndex, index_tar, sha256, write_index
-from train.augment import apply_colour
-from train.loader import Split, TrainingSteps, crop_depth, crop_image, load_ahead, make_loader, read_step
-from train.plan import DataConfig, Step, TrainingPlan
+from train.data.batches import TrainingSteps, load_ahead
+from train.data.color_jitter import apply_color_jitter
+from train.data.crops import crop_depth, crop_image
+from train.data.plan import DataConfig, Step, TrainingPlan
+from train.data.split import Split, read_step
+from train.data.workers import make_loader
 
 CONFIG = DataConfig(views=(8, 8))
 SEQUENCES, FRAMES, STEPS = 3, 16, 4  # a step is 6 scenes of 8 views
@@ -52,7 +55,7 @@ LATENCY = 0.05  # seconds
 
 @contextmanager
 def packed() -> Iterator[tuple[Source, Path]]:
-    with TemporaryDirectory() as name, process_pool(2, ["prep.pack"]) as pool:
+    with TemporaryDirectory() as name, process_pool(2, ["prep.packing.pack"]) as pool:
         if len(sys.argv) == 4:
             source = Co3D(Path(sys.argv[2]), Path(sys.argv[3]), ("train",))
         else:
@@ -128,7 +131,7 @@ def read_plainly(frame: Frame, shape: tuple[int, int]) -> None:
     camera = np.stack([(u - k[0, 2]) / k[0, 0] * depth, (v - k[1, 2]) / k[1, 1] * depth, depth], axis=-1)
     (camera - extrinsics[:, 3]) @ extrinsics[:, :3]
     jitter = torch.tensor([[1.2, 0.8, 1.3, 0.05, 0, 1, 2, 3, 0]])  # brightness, contrast, saturation, hue
-    apply_colour(torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1)[None] / 255), jitter)
+    apply_color_jitter(torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1)[None] / 255), jitter)
 
 
 def enlarge(small: Path, out: Path) -> None:
@@ -195,8 +198,8 @@ PLANNED = """
 import sys, time
 import shards
 from pathlib import Path
-from train.loader import Split, TrainingSteps, make_loader
-from train.plan import DataConfig, TrainingPlan
+from train.data.loader import Split, TrainingSteps, make_loader
+from train.data.plan import DataConfig, TrainingPlan
 def steps(views, last):
     split = Split([shards.open(sys.argv[1])], "train")
     config = DataConfig(views=views)

@@ -26,8 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from train.losses import LossConfig, denominators, losses
-from train.prepare import normalize_scenes
+from train.objective.losses import LossConfig, losses, normalizer_of
+from train.objective.targets import normalize_scenes
 from vggt import VGGT, VGGTConfig
 
 PROCESSES = ("train", "train-plain", "infer", "infer-all")
@@ -78,7 +78,7 @@ def unchunked(model: VGGT) -> Iterator[None]:
 
 
 def batch_of(views: int) -> dict[str, Tensor]:
-    """A scene of cameras in a row before a bumpy wall, as train.prepare would give it."""
+    """A scene of cameras in a row before a bumpy wall, as train.objective.targets would give it."""
     extrinsics = torch.eye(4)[:3].repeat(1, views, 1, 1)
     extrinsics[0, :, 0, 3] = torch.linspace(0, 1, views)
     intrinsics = torch.tensor([[400.0, 0, WIDTH / 2], [0, 400, HEIGHT / 2], [0, 0, 1]]).repeat(1, views, 1, 1)
@@ -92,7 +92,7 @@ def batch_of(views: int) -> dict[str, Tensor]:
 def train(model: VGGT, batch: dict[str, Tensor]) -> None:
     config = LossConfig()
     predictions = model.train()(batch["images"])
-    losses(predictions, batch, denominators(batch, config), config)["loss_objective"].backward()
+    losses(predictions, batch, normalizer_of(batch, config), config)["loss_objective"].backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -22,10 +22,10 @@ from captures import SHORT, Captures
 from pairs import ratio
 
 import shards
-from prep.executors import process_pool
-from prep.frames import FAR_PERCENTILE, MASK_THRESHOLD
-from prep.pack import PackOptions, pack
-from prep.source import Frame
+from prep.importers.source import Frame
+from prep.packing.executors import process_pool
+from prep.packing.frames import FAR_PERCENTILE, MASK_THRESHOLD
+from prep.packing.pack import PackOptions, pack
 from shards.codecs import decode_jpeg, encode_depth, encode_jpeg
 from shards.pixels import nearest
 
@@ -96,7 +96,11 @@ def sizes(source: Captures, folder: Path, pool: Executor) -> None:
 
 
 def main() -> None:
-    with TemporaryDirectory() as name, process_pool(1, ["prep.pack"]) as one, process_pool(2, ["prep.pack"]) as two:
+    with (
+        TemporaryDirectory() as name,
+        process_pool(1, ["prep.packing.pack"]) as one,
+        process_pool(2, ["prep.packing.pack"]) as two,
+    ):
         folder = Path(name)
         source = Captures(folder, SEQUENCES, FRAMES)
         frames = [frame for sequence in source.sequences() for frame in sequence.frames]

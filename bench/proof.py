@@ -22,15 +22,17 @@ from pathlib import Path
 import torch
 
 import shards
-from train.config import TrainConfig, load_config
-from train.distributed import World
-from train.loader import Split, load_step
-from train.losses import OBJECTIVE
-from train.metrics import FIGURES, scene_figures
-from train.optim import make_optimizer, set_lr
-from train.plan import DataState, Scene, Step, StepShape
-from train.prepare import prepare
-from train.step import train_step
+from train.config import load_config
+from train.data.plan import DataState, Scene, Step, StepShape
+from train.data.scenes import load_step
+from train.data.split import Split
+from train.engine.optim import make_optimizer, set_lr
+from train.engine.settings import TrainConfig
+from train.engine.step import train_step
+from train.evaluation.metrics import METRICS, scene_metrics
+from train.objective.losses import OBJECTIVE
+from train.objective.targets import prepare
+from train.runtime.distributed import World
 from vggt import VGGT, preset
 from vggt.weights import write_folder
 
@@ -38,7 +40,7 @@ BIN = Path(sys.executable).parent
 CONFIG = Path(__file__).parents[1] / "train" / "configs" / "proof.yaml"
 HELDOUT = ("depth_abs_rel", "rotation_deg")  # must be better than the best guess, beyond the noise
 OVERFIT = {"depth_abs_rel": 0.05, "auc_30": 0.9}  # at most; at least
-TOLD = (*OVERFIT, "depth_abs_rel_raw")
+HEADLINE_METRICS = (*OVERFIT, "depth_abs_rel_raw")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def heldout(out: Path, size: Size) -> bool:
     print(f"\nLearning proof, {(time.monotonic() - began) / 60:.1f} minutes:")
     reached = True
     for name in HELDOUT:
-        compared = [c for c in results["against_guessing"] if (c["figure"], c["after"]) == (name, str(trained))]
+        compared = [c for c in results["against_baseline"] if (c["metric"], c["after"]) == (name, str(trained))]
         if not compared:
             raise ValueError(f"no prediction of the trained model has a finite {name}")
         found = compared[0]
@@ -127,7 +129,7 @@ def overfit(location: str, steps: int) -> bool:
     figures = learn_by_heart(model, inputs, config, World(0, 1, 1, device))
     reached = True
     for name, limit in OVERFIT.items():
-        figure = FIGURES[name]
+        figure = METRICS[name]
         good = figures[name] > limit if figure.higher_is_better else figures[name] < limit
         reached &= good
         value, bound = figure.form.format(figures[name]), figure.form.format(limit)
@@ -144,8 +146,10 @@ def learn_by_heart(model: VGGT, batch: dict[str, torch.Tensor], config: TrainCon
         outcome = train_step(model.train(), optimizer, batch, config, world)
         if (step + 1) % 50 == 0 or step + 1 == config.total_steps:
             with torch.no_grad():
-                figures = scene_figures(model.eval()(batch["images"]), batch)
-            told = ", ".join(f"{FIGURES[name].label} {FIGURES[name].form.format(figures[name])}" for name in TOLD)
+                figures = scene_metrics(model.eval()(batch["images"]), batch)
+            told = ", ".join(
+                f"{METRICS[name].label} {METRICS[name].form.format(figures[name])}" for name in HEADLINE_METRICS
+            )
             objective, seconds = float(outcome.terms[OBJECTIVE]), time.monotonic() - began
             print(f"step {step + 1}, {seconds:.0f} s: objective {objective:.3f}, {told}", flush=True)
     return figures

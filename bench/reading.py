@@ -20,7 +20,7 @@ from captures import Captures
 from pairs import ratio
 
 import shards
-from prep.frames import FrameOptions, pack_frame
+from prep.packing.frames import FrameOptions, pack_frame
 from shards.codecs import decode_depth, decode_jpeg
 from shards.index import sha256
 from shards.schema import (

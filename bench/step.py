@@ -32,19 +32,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shards
 import train.main
-from prep.executors import process_pool
-from prep.pack import PackOptions, pack
-from train.checkpoint import CheckpointConfig, save
-from train.config import TrainConfig, load_config
-from train.distributed import World, start_world
-from train.loader import Split, TrainingSteps, load_step, stream
-from train.losses import denominators, losses
-from train.optim import clip_gradients, make_optimizer
-from train.parallel import distribute, gradients_shared
-from train.plan import DataState, TrainingPlan
-from train.prepare import Batch, normalize_scenes, prepare
-from train.report import Reporter
-from train.step import forward_backward
+from prep.packing.executors import process_pool
+from prep.packing.pack import PackOptions, pack
+from train.config import load_config
+from train.data.batches import TrainingSteps
+from train.data.loader import stream
+from train.data.plan import DataState, TrainingPlan
+from train.data.scenes import load_step
+from train.data.split import Split
+from train.engine.checkpoint import CheckpointConfig, save
+from train.engine.optim import clip_gradients, make_optimizer
+from train.engine.parallel import distribute, gradient_sync
+from train.engine.settings import TrainConfig
+from train.engine.step import forward_backward
+from train.objective.losses import losses, normalizer_of
+from train.objective.targets import Batch, normalize_scenes, prepare
+from train.report.logger import Reporter
+from train.runtime.distributed import World, start_world
 from vggt import VGGT, preset
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +60,10 @@ NEVER = 10**9
 @contextmanager
 def packed() -> Iterator[Split]:
     """Rendered scenes of the size that the demo's are."""
-    from prep.co3d import Co3D
-    from prep.synth import SynthOptions, synth
+    from prep.importers.co3d import Co3D
+    from prep.synth.scenes import SynthOptions, synth
 
-    with TemporaryDirectory() as name, process_pool(2, ["prep.pack", "prep.synth"]) as pool:
+    with TemporaryDirectory() as name, process_pool(2, ["prep.packing.pack", "prep.synth.scenes"]) as pool:
         folder = Path(name)
         synth(folder, SynthOptions(scenes=16, frames=30, seed=0), pool, on_scene=lambda: None)
         source = Co3D(folder / "co3d", folder / "annotations", ("train",))
@@ -129,9 +133,9 @@ def loop() -> None:
         reporter = Sink(Path(folder), STEPS)
         prepared = [prepare(raw, ALONE.device, with_points=False) for raw in raws]
 
-        def bare(batches: list[Batch]) -> None:
+        def plain(batches: list[Batch]) -> None:
             for batch in batches:
-                terms = losses(model(batch["images"]), batch, denominators(batch, config.loss), config.loss)
+                terms = losses(model(batch["images"]), batch, normalizer_of(batch, config.loss), config.loss)
                 terms["loss_objective"].backward()
                 clip_gradients(model, config.optim.clip)
                 optimizer.step()
@@ -141,10 +145,10 @@ def loop() -> None:
             run_loop(config, model, optimizer, split, iter(raws), reporter)
 
         with reporter:
-            print("the loop's step over the bare one (at most 1.03):", ratio(ours, lambda: bare(prepared)))
+            print("the loop's step over the bare one (at most 1.03):", ratio(ours, lambda: plain(prepared)))
             print(
                 "the same, preparing the batch (floats, jitter, scale) in both:",
-                ratio(ours, lambda: bare([prepare(raw, ALONE.device, with_points=False) for raw in raws])),
+                ratio(ours, lambda: plain([prepare(raw, ALONE.device, with_points=False) for raw in raws])),
             )
 
 
@@ -202,9 +206,9 @@ def rank() -> None:
         batch = noise(4, 3, 84, 112)
 
         def step(shared: bool) -> None:
-            with gradients_shared(model, shared):
+            with gradient_sync(model, shared):
                 predictions = model(batch["images"])
-                losses(predictions, batch, denominators(batch, config.loss), config.loss)["loss_objective"].backward()
+                losses(predictions, batch, normalizer_of(batch, config.loss), config.loss)["loss_objective"].backward()
             world.barrier()
 
         cost = ratio(lambda: step(True), lambda: step(False), pairs=25) if world.size > 1 else ""

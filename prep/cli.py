@@ -28,11 +28,11 @@ from rich.progress import (
 from rich.table import Table
 
 import shards
-from prep.co3d import Co3D, OfficialCo3D
-from prep.executors import dask_cluster, process_pool
-from prep.pack import PackOptions, PackResult, ShardDone, pack, read_report
-from prep.synth import SynthOptions, synth
-from shards.index import MEND, sha256
+from prep.importers.co3d import Co3D, OfficialCo3D
+from prep.packing.executors import dask_cluster, process_pool
+from prep.packing.pack import PackOptions, PackResult, ShardDone, pack, read_report
+from prep.synth.scenes import SynthOptions, synth
+from shards.index import REPAIR, sha256
 from shards.schema import DATASET_FILE, FRAMES_FILE, REPORT_FILE, SPLITS
 
 SHOWN_DOUBTS = 5  # sequences
@@ -72,7 +72,7 @@ class LocalPath(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
-class Share(click.FloatRange):
+class Fraction(click.FloatRange):
     """A number from 0 to 1. Click lets NaN pass, which is neither below nor above a limit."""
 
     def __init__(self, **limits: Any) -> None:
@@ -152,7 +152,7 @@ def main() -> None:
 )
 @click.option("--min-frames", type=click.IntRange(1), default=24, show_default=True, help="Fewest of a sequence.")
 @click.option("--shard-frames", type=click.IntRange(1), default=500, show_default=True, help="Fill a shard up to this.")
-@click.option("--max-bad", type=Share(), default=0.02, show_default=True, help="Most bad frames, as a share.")
+@click.option("--max-bad", type=Fraction(), default=0.02, show_default=True, help="Most bad frames, as a share.")
 @workers_option
 @click.option("--allow-shared-frames", is_flag=True, help="Let frames be in both splits.")
 @click.option("--scheduler", help="Of a Dask cluster, tcp://host:port; its workers must see both directories.")
@@ -240,7 +240,7 @@ def shown(bar: Progress) -> dict[str, Callable[..., None]]:
 @contextmanager
 def pack_executor(scheduler: str | None, workers: int) -> Iterator[tuple[Executor, int]]:
     if scheduler is None:
-        with process_pool(workers, ["prep.pack", "webdataset"]) as pool:
+        with process_pool(workers, ["prep.packing.pack", "webdataset"]) as pool:
             yield pool, workers
     else:
         with dask_cluster(scheduler) as cluster:
@@ -291,7 +291,7 @@ def synth_command(out: Path, scenes: int, frames: int, seed: int, workers: int) 
     vggt-prep pack --co3d-dir data/synth/co3d --annotation-dir data/synth/annotations --out data/shards
     """
     options = SynthOptions(scenes=scenes, frames=frames, seed=seed)
-    with plain_errors(), process_pool(workers, ["prep.synth"]) as pool, progress_bar("scenes") as bar:
+    with plain_errors(), process_pool(workers, ["prep.synth.scenes"]) as pool, progress_bar("scenes") as bar:
         task = start(bar, "rendering", scenes)
         made = synth(out, options, pool, on_scene=lambda: bar.advance(task))
         bar.update(task, completed=scenes)
@@ -316,7 +316,7 @@ def info_command(shard_set: str) -> None:
         opened = shards.open(shard_set)
         frames, sequences = opened.frames, opened.sequences
         if sha256(opened.index_path(FRAMES_FILE)) != opened.dataset["files"][FRAMES_FILE]["sha256"]:
-            raise ValueError(f"{shard_set}/{FRAMES_FILE}: not the one that {DATASET_FILE} describes; {MEND}")
+            raise ValueError(f"{shard_set}/{FRAMES_FILE}: not the one that {DATASET_FILE} describes; {REPAIR}")
     size = sum(entry["size"] for entry in opened.dataset["files"].values())
     click.echo(f"{shard_set}: {size_text(size)}")
     table = Table("split", "category", "sequences", "frames")
@@ -339,7 +339,9 @@ def info_command(shard_set: str) -> None:
 
 @main.command("verify")
 @click.argument("shard_set")
-@click.option("--sample", type=Share(min_open=True), default=1.0, show_default=True, help="Share of the tars to read.")
+@click.option(
+    "--sample", type=Fraction(min_open=True), default=1.0, show_default=True, help="Share of the tars to read."
+)
 @workers_option
 def verify_command(shard_set: str, sample: float, workers: int) -> None:
     """Check every byte of a shard set.

@@ -100,14 +100,14 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
 def _strip(views: list[View], cameras: np.ndarray) -> np.ndarray:
     """Images above depths, the scale of these, and the cameras from above."""
     near, far = drawing.near_and_far(np.concatenate([view.depth.reshape(-1) for view in views]))
-    depths = [drawing.colour_depth(view.depth, near, far) for view in views]
+    depths = [drawing.color_depth(view.depth, near, far) for view in views]
     body = drawing.stack([drawing.row([view.image for view in views]), drawing.row(depths)])
     points = []
     for view in views:
         cloud = view.points().T
         cloud = cloud[np.isfinite(cloud[:, 0])]
         points.append(cloud[:: max(1, len(cloud) // POINTS)])
-    above = drawing.from_above(
+    above = drawing.top_down(
         cameras["extrinsics"], cameras["intrinsics"], np.concatenate(points), len(body) - drawing.GAP
     )
     return np.concatenate([drawing.row([body, above]), drawing.scale_bar(len(body) + drawing.GAP, near, far)], axis=1)
@@ -117,8 +117,8 @@ def _pair(a: View, b: View) -> tuple[str, np.ndarray]:
     """How well two views fit each other, in words and as a picture."""
     shape = b.depth.shape
     pixels, depth = drawing.project(b.points(), a.extrinsics, a.intrinsics)
-    warped = drawing.look_up(a.image, pixels, shape)
-    measured = drawing.look_up(a.depth.astype(np.float32), pixels, shape, nearest=True).reshape(-1)
+    warped = drawing.sample(a.image, pixels, shape)
+    measured = drawing.sample(a.depth.astype(np.float32), pixels, shape, nearest=True).reshape(-1)
     both = (measured > 0) & np.isfinite(depth)
     if both.any():
         share = np.mean(np.abs(measured[both] / depth[both] - 1) < AGREEMENT)

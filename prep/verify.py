@@ -13,9 +13,9 @@ from zlib import crc32
 import numpy as np
 
 import shards
-from prep.frames import check_camera
+from prep.packing.frames import check_camera
 from shards.codecs import decode_depth, jpeg_size
-from shards.index import MEND, complete_rows, index_tar, sha256
+from shards.index import REPAIR, complete_rows, index_tar, sha256
 from shards.schema import DATASET_FILE, DEPTH, FRAMES_FILE, JPEG, SEQUENCES_FILE, row_crc
 from shards.storage import LocalStorage
 
@@ -96,18 +96,18 @@ def _check_description(shard_set: shards.ShardSet, ends: np.ndarray) -> None:
     """Raises ValueError unless sequences lie end to end and dataset.json counts what is there, each tar once."""
     sequences, dataset = shard_set.sequences, shard_set.dataset
     if not np.array_equal(sequences["first"], ends - sequences["count"]):
-        raise ValueError(f"{shard_set.index_path(SEQUENCES_FILE)}: sequences do not lie end to end; {MEND}")
+        raise ValueError(f"{shard_set.index_path(SEQUENCES_FILE)}: sequences do not lie end to end; {REPAIR}")
     splits = {}
     for split in sorted(set(sequences["split"].tolist())):
         part = sequences["count"][sequences["split"] == split]
         splits[split.decode()] = {"sequences": len(part), "frames": int(part.sum())}
     categories = sorted(name.decode() for name in set(sequences["category"].tolist()))
     if (splits, categories) != (dataset["splits"], dataset["categories"]):
-        raise ValueError(f"{shard_set}/{DATASET_FILE}: its splits or categories are not those of the index; {MEND}")
+        raise ValueError(f"{shard_set}/{DATASET_FILE}: its splits or categories are not those of the index; {REPAIR}")
     digests = Counter(dataset["files"][tar]["sha256"] for tar in dataset["tars"])
     same = [tar for tar in dataset["tars"] if digests[dataset["files"][tar]["sha256"]] > 1]
     if same:
-        raise ValueError(f"{shard_set}: {', '.join(same[:4])} hold the same frames; remove all but one, and {MEND}")
+        raise ValueError(f"{shard_set}: {', '.join(same[:4])} hold the same frames; remove all but one, and {REPAIR}")
 
 
 def verify_tar(shard_set: shards.ShardSet, check: TarCheck) -> list[str]:

@@ -51,7 +51,7 @@ def near_and_far(depth: np.ndarray) -> tuple[float, float]:
     return float(near), float(far)
 
 
-def colour_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
+def color_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     """Depth [..., H, W] -> RGB [..., H, W, 3]; near is red, far is blue, grey is unknown."""
     share = 1 - np.clip((depth - near) / max(far - near, 1e-9), 0, 1)
     flat = (np.nan_to_num(share) * 255).astype(np.uint8).reshape(-1, 1)
@@ -59,7 +59,7 @@ def colour_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     return np.where((np.isfinite(depth) & (depth > 0))[..., None], coloured, np.uint8(UNKNOWN))
 
 
-def colour_amount(share: np.ndarray) -> np.ndarray:
+def color_amount(share: np.ndarray) -> np.ndarray:
     """Numbers [..., H, W] from 0, black, to 1, white -> RGB [..., H, W, 3]; NaN is grey."""
     flat = (np.nan_to_num(np.clip(share, 0, 1)) * 255).astype(np.uint8).reshape(-1, 1)
     coloured = cv2.applyColorMap(flat, cv2.COLORMAP_HOT)[..., ::-1].reshape(*share.shape, 3)
@@ -71,7 +71,7 @@ def scale_bar(height: int, near: float, far: float) -> np.ndarray:
     bar = np.full((height, BAR_WIDTH, 3), BACKGROUND, np.uint8)
     top, bottom = TEXT_HEIGHT, height - GAP
     ramp = np.linspace(near, far, bottom - top, dtype=np.float32)[:, None].repeat(14, axis=1)
-    bar[top:bottom, 4:18] = colour_depth(np.maximum(ramp, 1e-12), near, far)
+    bar[top:bottom, 4:18] = color_depth(np.maximum(ramp, 1e-12), near, far)
     for share in (0, 0.5, 1):
         y = int(top + 10 + share * (bottom - top - 14))
         label = f"{near + share * (far - near):.3g}"
@@ -79,7 +79,7 @@ def scale_bar(height: int, near: float, far: float) -> np.ndarray:
     return bar
 
 
-def from_above(extrinsics: np.ndarray, intrinsics: np.ndarray, points: np.ndarray, side: int) -> np.ndarray:
+def top_down(extrinsics: np.ndarray, intrinsics: np.ndarray, points: np.ndarray, side: int) -> np.ndarray:
     """Cameras [S, 3, 4], [S, 3, 3] and points [N, 3] of the world, seen against the cameras' mean "down".
 
     The first camera is red, the last blue; points are grey. Returns [side, side, 3].
@@ -103,12 +103,12 @@ def from_above(extrinsics: np.ndarray, intrinsics: np.ndarray, points: np.ndarra
     x, y = np.round(place(ground)).astype(int).T
     inside = (x >= 0) & (x < side) & (y >= 0) & (y < side)
     picture[y[inside], x[inside]] = 185
-    colours = colour_depth(np.linspace(1, 2, len(cameras))[None], 1, 2)[0]
-    for centre, rotation, k, colour in zip(place(cameras), rotations, intrinsics, colours, strict=True):
+    colors = color_depth(np.linspace(1, 2, len(cameras))[None], 1, 2)[0]
+    for centre, rotation, k, color in zip(place(cameras), rotations, intrinsics, colors, strict=True):
         half = k[0, 2] / k[0, 0]  # tangent of half the horizontal field of view
         corners = [plane @ (rotation[2] + sign * half * rotation[0]) * FRUSTUM / 2 * side for sign in (-1, 1)]
         outline = np.round([centre, centre + corners[0], centre + corners[1]]).astype(np.int32)
-        cv2.polylines(picture, [outline], True, tuple(map(int, colour)), 1, cv2.LINE_AA)
+        cv2.polylines(picture, [outline], True, tuple(map(int, color)), 1, cv2.LINE_AA)
     return picture
 
 
@@ -128,7 +128,7 @@ def project(points: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) 
     return rays[:2] / z * np.diag(intrinsics)[:2, None] + intrinsics[:2, 2:], z
 
 
-def look_up(image: np.ndarray, pixels: np.ndarray, shape: tuple[int, int], *, nearest: bool = False) -> np.ndarray:
+def sample(image: np.ndarray, pixels: np.ndarray, shape: tuple[int, int], *, nearest: bool = False) -> np.ndarray:
     """The values [h, w, ...] of an image at pixels [2, h * w]: grey (of one channel: 0) where these are outside or NaN.
 
     nearest: take the nearest pixel's, as for depths; else interpolate.

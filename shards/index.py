@@ -38,7 +38,7 @@ from shards.schema import (
 )
 from shards.writer import atomic_file, json_bytes, write_json
 
-MEND = "copy it again, or make it anew with: vggt-prep index"
+REPAIR = "copy it again, or make it anew with: vggt-prep index"
 TAR_NAME = re.compile(r"(train|test)-\d{6,}\.tar")
 
 
@@ -285,9 +285,9 @@ def read_dataset(data: bytes) -> dict[str, Any]:
         whole = self_crc(data, dataset[SELF_CRC]) == dataset[SELF_CRC]
         _check_names(dataset)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not the description of a shard set ({type(error).__name__}); {MEND}") from error
+        raise ValueError(f"not the description of a shard set ({type(error).__name__}); {REPAIR}") from error
     if not whole:
-        raise ValueError(f"does not match its own CRC; {MEND}")
+        raise ValueError(f"does not match its own CRC; {REPAIR}")
     return dataset
 
 
@@ -295,11 +295,11 @@ def _check_names(dataset: dict[str, Any]) -> None:
     """Raises ValueError or KeyError for files of other names than a set has: they become paths on this machine."""
     for name in (*dataset["tars"], *dataset["files"]):
         if not TAR_NAME.fullmatch(name) and name not in (FRAMES_FILE, SEQUENCES_FILE):
-            raise ValueError(f"lists a file {name!r}, which is none of a shard set; {MEND}")
+            raise ValueError(f"lists a file {name!r}, which is none of a shard set; {REPAIR}")
     for name in (FRAMES_FILE, SEQUENCES_FILE, *dataset["tars"]):
         entry = dataset["files"][name]
         if not isinstance(entry["size"], int) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-            raise ValueError(f"size or sha256 of {name} is no such thing; {MEND}")
+            raise ValueError(f"size or sha256 of {name} is no such thing; {REPAIR}")
 
 
 class DamagedIndexError(ValueError):
@@ -315,9 +315,9 @@ def map_rows(path: Path, dtype: Callable[..., np.dtype], *names: str) -> np.ndar
         rows = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         good = rows.ndim == 1 and rows.dtype == dtype(*(rows.dtype[name].itemsize for name in names))
     except Exception as error:  # a damaged header may raise whatever Python's tokenizer does
-        raise DamagedIndexError(f"{path}: not readable as an index ({type(error).__name__}); {MEND}") from error
+        raise DamagedIndexError(f"{path}: not readable as an index ({type(error).__name__}); {REPAIR}") from error
     if not good:
-        raise DamagedIndexError(f"{path}: not an index of version {VERSION}; {MEND}")
+        raise DamagedIndexError(f"{path}: not an index of version {VERSION}; {REPAIR}")
     return rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.index import MEND, DamagedIndexError, map_rows, read_dataset, sha256
+from shards.index import REPAIR, DamagedIndexError, map_rows, read_dataset, sha256
 from shards.schema import (
     DATASET_FILE,
     FRAMES_FILE,
@@ -118,7 +118,7 @@ class ShardSet:
         """The rows of all sequences (shards.schema.sequence_dtype), mapped from disk. Raises DamagedIndexError."""
         path = self.index_path(SEQUENCES_FILE)
         if sha256(path) != self.dataset["files"][SEQUENCES_FILE]["sha256"]:  # small, and its rows have no CRC
-            raise DamagedIndexError(f"{path}: not the one that {DATASET_FILE} describes; {MEND}")
+            raise DamagedIndexError(f"{path}: not the one that {DATASET_FILE} describes; {REPAIR}")
         return map_rows(path, sequence_dtype, "category", "name")
 
     def index_path(self, name: str) -> Path:
@@ -154,7 +154,7 @@ class ShardSet:
         for name, size in zip(files, self.storage.sizes(list(files)), strict=True):
             if size != files[name]["size"]:
                 state = f"has {size} bytes, not {files[name]['size']} as {DATASET_FILE} says"
-                advice = MEND if name in (FRAMES_FILE, SEQUENCES_FILE) else "copy or pack it again"
+                advice = REPAIR if name in (FRAMES_FILE, SEQUENCES_FILE) else "copy or pack it again"
                 found[name] = f"{self.storage}/{name}: {'is missing' if size is None else state}; {advice}"
         return found
 

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("train.main", "train.data", "train.evaluate", "train.export", "vggt.__main__")
+MODULES = ("train.main", "train.check_data", "train.evaluate", "train.export", "vggt.__main__")
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start_server():
-    CONTEXT.set_forkserver_preload([*MODULES, "torch.utils.tensorboard", "prep.pack", "prep.verify", "webdataset"])
+    CONTEXT.set_forkserver_preload(
+        [*MODULES, "torch.utils.tensorboard", "prep.packing.pack", "prep.verify", "webdataset"]
+    )
     forkserver.ensure_running()
 
 

@@ -29,7 +29,7 @@ def test_proof_goes_from_scenes_to_a_verdict(tmp_path):
     done = run_command("python", *command, timeout=900)
     assert done.returncode in (0, 1), done.stderr
     results = json.loads((out / "report" / "results.json").read_text())
-    depth = next(c for c in results["against_guessing"] if c["figure"] == "depth_abs_rel" and "latest" in c["after"])
+    depth = next(c for c in results["against_baseline"] if c["metric"] == "depth_abs_rel" and "latest" in c["after"])
     assert depth["gain"] == 1, depth
     assert re.search(r"reached: guess: flat depth -> trained, depth error", done.stdout)
     assert "During training" in (out / "report" / "report.html").read_text()

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.checkpoint import load
-from train.config import CONFIG_FILE, user_path
-from train.optim import freeze
+from train.config import user_path
+from train.engine.checkpoint import load
+from train.engine.optim import freeze
+from train.engine.settings import CONFIG_FILE
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
 from vggt.weights import FILE_SUFFIXES, WEIGHT_FILES, damage, heads_in, read_checkpoint, write_file, write_folder

@@ -33,8 +33,8 @@ def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> 
     chosen = chosen[confidence[chosen] > -torch.inf].cpu()
     if len(chosen) > MAX_POINTS:
         chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:MAX_POINTS]]
-    colours = (images.permute(0, 2, 3, 1).reshape(-1, 3).cpu()[chosen] * 255).round().byte()
-    return points.cpu()[chosen].float().numpy(), colours.numpy()
+    colors = (images.permute(0, 2, 3, 1).reshape(-1, 3).cpu()[chosen] * 255).round().byte()
+    return points.cpu()[chosen].float().numpy(), colors.numpy()
 
 
 def camera_pyramids(extrinsics: Tensor, intrinsics: Tensor, height: int, width: int, size: float) -> Tensor:
@@ -54,12 +54,12 @@ def camera_wireframes(pose_enc: Tensor, height: int, width: int, size: float) ->
     """
     pyramids = camera_pyramids(*decode_pose(pose_enc.cpu(), height, width), height, width, size)
     share = torch.linspace(0, 1, EDGE_POINTS)[:, None]
-    points, colours = [], []
+    points, colors = [], []
     for i, pyramid in enumerate(pyramids):
         points += [pyramid[a] * (1 - share) + pyramid[b] * share for a, b in EDGES]
         hue = 2 / 3 * i / max(len(pose_enc) - 1, 1)
-        colours.append(np.tile(np.array(colorsys.hsv_to_rgb(hue, 1, 1)) * 255, (len(EDGES) * EDGE_POINTS, 1)))
-    return torch.cat(points).numpy(), np.concatenate(colours).round().astype(np.uint8)
+        colors.append(np.tile(np.array(colorsys.hsv_to_rgb(hue, 1, 1)) * 255, (len(EDGES) * EDGE_POINTS, 1)))
+    return torch.cat(points).numpy(), np.concatenate(colors).round().astype(np.uint8)
 
 
 def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep: float) -> int:
@@ -72,19 +72,19 @@ def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep
     """
     import trimesh  # an extra: only needed here
 
-    points, colours = point_cloud(predictions, images, keep)
+    points, colors = point_cloud(predictions, images, keep)
     if not len(points) or not predictions["pose_enc"].isfinite().all():
         raise ValueError("the model's cameras or all of its points are not finite: is the checkpoint whole?")
     height, width = images.shape[-2:]
     size = CAMERA_SIZE * float(np.median(np.linalg.norm(points, axis=1)))
     camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], height, width, size)
     count = len(points)
-    points, colours = np.concatenate([points, camera_points]), np.concatenate([colours, camera_colours])
+    points, colors = np.concatenate([points, camera_points]), np.concatenate([colors, camera_colours])
     kind = path.suffix.lower().removeprefix(".")
     with whole_file(path) as temporary:
         if kind == "glb":
             points = points * np.array([1, -1, -1], np.float32)
-            trimesh.Scene([trimesh.PointCloud(points, colours)]).export(temporary, file_type=kind)
+            trimesh.Scene([trimesh.PointCloud(points, colors)]).export(temporary, file_type=kind)
         else:
-            trimesh.PointCloud(points, colours).export(temporary, file_type=kind)
+            trimesh.PointCloud(points, colors).export(temporary, file_type=kind)
     return count

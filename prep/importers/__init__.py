@@ -1,0 +1,1 @@
+"""Layouts that captures come in: each gives the same frames with cameras."""

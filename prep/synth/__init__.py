@@ -1,0 +1,1 @@
+"""Rendered scenes, whose cameras and depths are exact."""

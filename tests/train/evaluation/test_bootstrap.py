@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from train.evaluation.bootstrap import MIN_SCENES, _student_over_normal, estimate
+
+RNG = np.random.default_rng(0)
+
+
+def test_interval_equals_scipy():
+    values = RNG.normal(3, 2, 40)
+    ours = estimate(values.tolist())
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    assert ours.mean == pytest.approx(values.mean())
+    assert ours.low == pytest.approx(theirs.low, abs=0.05)
+    assert ours.high == pytest.approx(theirs.high, abs=0.05)
+
+
+@pytest.mark.parametrize("scenes", [MIN_SCENES, 10, 30])
+def test_interval_covers_the_mean_as_often_as_it_says(scenes):
+    covered = 0
+    for _ in range(400):
+        found = estimate(RNG.normal(1, 1, scenes).tolist())
+        covered += found.low < 1 < found.high
+    assert 0.91 < covered / 400 < 0.99
+
+
+@pytest.mark.parametrize("freedom", [4, 9, 30, 1000])
+def test_widening_for_few_scenes_is_students(freedom):
+    exact = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
+    assert _student_over_normal(freedom) == pytest.approx(exact, rel=0.02)
+
+
+def test_groups_weigh_the_same_whatever_their_size():
+    values, groups = [1.0] * 8 + [5.0] * 2, ["a"] * 8 + ["b"] * 2
+    assert estimate(values, groups).mean == 3
+    assert estimate(values).mean == pytest.approx(1.8)
+
+
+def test_paired_differences_show_what_single_means_do_not():
+    scenes = RNG.normal(10, 5, 30)
+    better = scenes - RNG.normal(0.5, 0.2, 30)
+    one, other = estimate(scenes.tolist()), estimate(better.tolist())
+    assert one.low < other.mean < one.high
+    assert estimate((better - scenes).tolist()).sign == -1
+    assert estimate(RNG.normal(0, 1, 30).tolist()).sign == 0
+
+
+def test_too_few_scenes_have_no_interval():
+    found = estimate([1.0] * (MIN_SCENES - 1))
+    assert (found.mean, found.low, found.high, found.sign) == (1, None, None, 0)
+    with pytest.raises(ValueError, match="at least one"):
+        estimate([])

@@ -1,0 +1,1 @@
+"""Which scenes each step takes, and how they are read and cropped."""

@@ -1,0 +1,78 @@
+"""What each worker process loads, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from shards.index import DamagedIndexError
+from shards.reader import DamagedMemberError
+from shards.storage import StorageError
+from train.data.plan import DataState, Step, TrainingPlan
+from train.data.scenes import load_step
+from train.data.split import Split, read_step
+
+
+class TrainingSteps(IterableDataset):
+    """The batches of one rank from `state` up to `last_step`. Worker w of W loads every W-th of them."""
+
+    def __init__(self, split: Split, plan: TrainingPlan, rank: int, state: DataState, last_step: int) -> None:
+        self.split, self.plan, self.rank, self.state, self.last_step = split, plan, rank, state, last_step
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return load_ahead(self.split, self._mine())
+
+    def _mine(self) -> Iterator[Step]:
+        number, count = _worker()
+        state = self.state
+        while state.step < self.last_step:
+            if (state.step - self.state.step) % count == number:
+                yield self.plan.step(state, self.rank)
+            state = self.plan.after(state)
+
+
+class ValidationSteps(IterableDataset):
+    """The batches of a validation plan. Worker w of W loads every W-th of them."""
+
+    def __init__(self, split: Split, steps: list[Step]) -> None:
+        self.split, self.steps = split, steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        number, count = _worker()
+        return load_ahead(self.split, iter(self.steps[number::count]))
+
+
+def _worker() -> tuple[int, int]:
+    """The number of this worker process, and how many there are."""
+    worker = get_worker_info()
+    return (0, 1) if worker is None else (worker.id, worker.num_workers)
+
+
+def load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
+    """The batch of each step; a worker reads the next one while this one is decoded: waiting for storage costs little.
+
+    (Not so the trainer itself, without workers: a stop would have to wait for the thread that reads.) What ends the
+    data for good is the last item, {"error": what to tell the user}: exceptions of a worker process arrive with its
+    traceback for a message.
+    """
+    try:
+        if get_worker_info() is None:
+            yield from (load_step(split, step) for step in steps)
+        else:
+            yield from _load_ahead(split, steps)
+    except (DamagedIndexError, DamagedMemberError, StorageError, FileNotFoundError) as error:
+        yield {"error": str(error)}
+
+
+def _load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
+    with ThreadPoolExecutor(1) as reader:
+        step = next(steps, None)
+        members = step and reader.submit(read_step, split, step)
+        while step is not None and members is not None:
+            following = next(steps, None)
+            ahead = following and reader.submit(read_step, split, following)
+            yield load_step(split, step, members.result())
+            step, members = following, ahead

@@ -1,0 +1,79 @@
+"""The stream of batches that a trainer or a validation takes, across the death of worker processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from train.data.plan import DataState
+from train.data.workers import kill_workers, make_loader
+from train.runtime.stop import Interrupted, StopRequest
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 3  # of workers, without a batch in between
+
+
+class NoDataError(ValueError):
+    """There are no more batches to be had; the message says why and what to do."""
+
+
+def next_batch(batches: Iterator[dict[str, Any]], stop: StopRequest) -> dict[str, Any] | NoDataError | None:
+    """The next batch, or why there is none to be had; None: a signal asked to stop while it was waited for."""
+    try:
+        with stop.interruptible():
+            return next(batches)
+    except Interrupted:
+        return None
+    except NoDataError as error:
+        return error
+
+
+def stream(
+    make: Callable[[DataState | None], IterableDataset], workers: int, pin_memory: bool
+) -> Iterator[dict[str, Any]]:
+    """The batches of make(None), across the death of worker processes: then make(state of the last batch) goes on.
+
+    Raises NoDataError if data cannot be had, or workers die again and again.
+    """
+    state: DataState | None = None
+    deaths = 0
+    while True:
+        loader = None
+        try:
+            loader = iter(make_loader(make(state), workers, pin_memory))  # a worker may die already here
+            for batch in loader:
+                if "error" in batch:
+                    raise NoDataError(batch["error"])
+                state, deaths = batch["after"], 0
+                yield batch
+            return
+        except Interrupted:
+            kill_workers()  # while the loader is held: when it goes, it waits 5 seconds for each
+            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            if not workers or not _is_death(error):
+                raise
+            deaths += 1
+            if deaths > MAX_DEATHS:
+                raise NoDataError(
+                    f"data.workers={workers}: they die again and again; is memory short? {error}"
+                ) from error
+            log.warning("%s; new workers go on from the last batch in %d s", error, 2**deaths)
+        del loader
+        time.sleep(2**deaths)
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker died: torch says so, or a batch was on its way out of it and the connection broke.
+
+    What code in a worker raises comes as "Caught ... in DataLoader worker".
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return any(words in text for words in ("exited unexpectedly", "is killed by signal"))
+    return not text.startswith("Caught ")

@@ -1,0 +1,1 @@
+"""A run: its settings, steps, optimizer, checkpoints, memory."""

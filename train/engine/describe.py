@@ -1,0 +1,145 @@
+"""A run in words: what is about to happen, what happened, what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+from shards.splits import SharedPlaces
+from train.data.plan import scenes_per_rank
+from train.data.split import Split
+from train.engine.checkpoint import BEST, step_file
+from train.engine.settings import TrainConfig
+from train.evaluation.comparison import compare
+from train.evaluation.history import ValidationHistory
+from train.objective.losses import OBJECTIVE
+from train.report.logger import METRICS_FILE
+from train.report.pictures import SHEET_FILE
+from train.report.words import HEADLINE_METRICS, count, describe_change, metric_of, run_verdict
+from train.runtime.distributed import World
+from train.runtime.jsonl import read_jsonl
+from vggt.model import VGGT
+
+
+def describe_start(
+    config: TrainConfig,
+    model: VGGT,
+    train: Split,
+    val: Split | None,
+    validated: SharedPlaces | None,
+    world: World,
+    workers: int,
+) -> str:
+    """What is trained on what: a few lines before the first step."""
+    low, high = config.data.views
+    sizes = sorted({low, high})
+    steps = [f"{count(scenes_per_rank(config.max_img_per_gpu, views), 'scene')} of {views} views" for views in sizes]
+    short = sum(int((lengths < high).sum()) for lengths in train.lengths)
+    lines = [
+        f"model {config.model.preset}: {_parts(model)}",
+        *_data(config, train),
+        *(
+            [f"{count(short, 'sequence')} shorter than {high} views: their frames repeat in larger scenes"]
+            * bool(short)
+        ),
+        f"validating on {_validated(config, val, validated)}",
+        f"{count(world.size, 'process', 'processes')} on {world.device.type}, {config.strategy}, {config.precision}, "
+        f"{count(workers, 'loader worker')} each",
+        f"a step takes {', or '.join(steps)} a process, at most {config.max_img_per_gpu * world.size} images in all, "
+        f"in {count(config.accum_steps, 'chunk')}; its shape is drawn again for each step",
+        f"{config.total_steps:,} steps, validation every {config.val_every:,}, checkpoint every "
+        f"{config.checkpoint.every:,}; everything goes to {config.out_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _parts(model: VGGT) -> str:
+    """The parameters of each module, in millions."""
+    parts = []
+    for name, module in model.named_children():
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in module.parameters()) - trained
+        parts.append(f"{name} {(trained or frozen) / 1e6:.1f} M{'' if trained else ' (frozen)'}")
+    return ", ".join(parts)
+
+
+def _data(config: TrainConfig, train: Split) -> list[str]:
+    lines = []
+    for shard_set, lengths, source in zip(train.shard_sets, train.lengths, config.data.sources, strict=True):
+        weight = f", weight {source.weight:g}" if len(config.data.sources) > 1 else ""
+        size = f"{count(len(lengths), 'sequence')} of {int(lengths.sum()):,} frames in all"
+        lines.append(f"data {shard_set}: {size}{weight}")
+    return lines
+
+
+def _validated(config: TrainConfig, val: Split | None, validated: SharedPlaces | None) -> str:
+    if val is None or validated is None:
+        return "nothing (no such split)"
+    of = f"of {sum(map(len, val.lengths)):,} of the {config.data.val_split} split"
+    return f"{count(validated.tested, 'sequence')} {of}, {validated.words}"
+
+
+def describe_run(config: TrainConfig, out_dir: Path, validated: SharedPlaces | None) -> str:
+    """What a finished run achieved, from its files."""
+    logged = [line for line in read_jsonl(out_dir / METRICS_FILE, "split") if OBJECTIVE in line]
+    trained = [line for line in logged if line["split"] == config.data.train_split]
+    if not trained:
+        return f"Done: {config.total_steps:,} steps. {out_dir / METRICS_FILE} has none of their losses."
+    ends = [f"{line[OBJECTIVE]:.3f} (log line of step {line['step']:,})" for line in (trained[0], trained[-1])]
+    moved = f"went from {ends[0]} to {ends[1]}" if len(trained) > 1 else f"was {ends[0]}"
+    text = ["", f"Done: {config.total_steps:,} steps. The training objective {moved}."]
+    if validated:
+        text += _validations(config, ValidationHistory(out_dir), validated)
+    text.append("")
+    if (out_dir / SHEET_FILE).exists():
+        text.append(f"Look at  {out_dir / SHEET_FILE}  (views, predicted and true depth, errors, cameras from above)")
+    text += [
+        f"Curves:   tensorboard --logdir {shlex.quote(f'{out_dir}/tensorboard')}",
+        f"Weights:  {out_dir}/checkpoints/latest  (python -m vggt shows what it makes of photographs, python -m "
+        "train.export lays it over the checkpoint it started from)",
+        "",
+        *_next_steps(config),
+    ]
+    return "\n".join(text)
+
+
+def _validations(config: TrainConfig, history: ValidationHistory, validated: SharedPlaces) -> list[str]:
+    """The last validation against the first, scene by scene, and which was the best."""
+    lines = history.comparable
+    if len(lines) < 2:
+        return []
+    first, last = lines[0], lines[-1]
+    measured = sum(len(scene) > 1 for scene in last["scenes"])  # something beside the name
+    text = [
+        f"On {count(measured, 'sequence')} of the {config.data.val_split} split, {validated.words}, "
+        f"step {first['step']} -> step {last['step']}:"
+    ]
+    gains = []
+    for name in HEADLINE_METRICS:
+        found = compare(first["scenes"], last["scenes"], name)
+        if found is not None:
+            gains.append(found.gain)
+            change = describe_change(name, found.before, found.after, asdict(found.change))
+            text.append(f"  {change}  ({metric_of(name).meaning})")
+    text.append(run_verdict(gains, seen=validated.any))
+    if any(None in scene.values() for scene in last["scenes"]):
+        text.append("Some of the last predictions or losses are not finite: look at the log above.")
+    metric = config.checkpoint.best
+    best, link = history.best_step(metric), history.out_dir / "checkpoints" / BEST
+    if best == first["step"] == 0:
+        text.append(f"By {metric}, no validation was better than the first: keep what you started from.")
+    elif best is not None and best != last["step"] and link.resolve() == step_file(link.parent, best).resolve():
+        text.append(f"By {metric}, step {best} was the best: {link}")
+    return text
+
+
+def _next_steps(config: TrainConfig) -> list[str]:
+    if config.init is None:
+        return [
+            "This was a model from scratch: it shows that everything works, not what VGGT can do. Next:",
+            "  your data, if this was not it: make finetune CO3D_DIR=<co3d> CO3D_ANNOTATION_DIR=<annotations>",
+            f"  VGGT itself, on this data:     make finetune SHARDS={shlex.quote(config.data.sources[0].path)} "
+            "INIT=<the published checkpoint>",
+        ]
+    return ["Next: more steps (ARGS='max_steps=...'), or more data; stop when the metrics above stop improving."]

@@ -1,0 +1,143 @@
+"""The folder of a run: who may work in it, what a run there resumes from, and whether it is the same run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shards import ShardSet
+from shards.locks import locked
+from train.engine.checkpoint import BEST, best_saved, find_newest, keep, load, step_file, steps_saved
+from train.engine.settings import TrainConfig, read_config, to_dict
+from train.evaluation.history import ValidationHistory, compared_plan
+from train.report.logger import METRICS_FILE
+from train.runtime.jsonl import read_jsonl
+from train.runtime.typed import flatten
+
+log = logging.getLogger(__name__)
+
+# May differ between a run and its resumption; anything else would make it another run.
+MAY_CHANGE = {
+    *("init", "out_dir", "epochs", "max_steps", "accum_steps", "strategy", "compile"),
+    *("model.head_chunk", "model.aggregator_dtype"),
+    *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
+    *("data.allow_shared_frames", "data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone", "checkpoint.best"),
+}
+REQUEUE_FILE = "requeue"
+
+
+def check_place(out_dir: Path) -> None:
+    """Raises ValueError if the folder of a run cannot be made or written to."""
+    there = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{out_dir}: {there} is not a folder that you may write to; give another out_dir")
+
+
+@contextmanager
+def locked_folder(out_dir: Path) -> Iterator[None]:
+    """Make the folder of a run, for this run alone. Raises ValueError if another trainer is at work there."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with locked(out_dir, f"{out_dir}: another trainer is at work there; give another out_dir"):
+        yield
+
+
+def find_start(config: TrainConfig, out_dir: Path, *, repair: bool) -> Path | None:
+    """The checkpoint to resume from; None: the run starts at step 0.
+
+    Raises ValueError if there are traces of a run that had checkpoints and has none that is whole: nothing is erased
+    before somebody has looked. A run that was killed before its first checkpoint just starts again.
+    """
+    newest = find_newest(out_dir / "checkpoints", repair=repair)
+    if newest is not None:
+        return newest
+    lines = read_jsonl(out_dir / METRICS_FILE) + ValidationHistory(out_dir).lines
+    if not lines:
+        return None
+    before = read_config(out_dir)
+    check_same_settings(before, config)
+    reached = max(line["step"] for line in lines)
+    if reached > flatten(before).get("checkpoint.every", 0):
+        raise ValueError(
+            f"{out_dir}: its {METRICS_FILE} goes up to step {reached}, but its checkpoints are gone; put them back "
+            f"into {out_dir / 'checkpoints'}, or {_elsewhere(config)}"
+        )
+    return None
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """A checkpoint that a run can resume from. Raises ValueError for any other, or one whose name is not its own."""
+    saved = load(path)
+    missing = {"model", "optimizer", "data", "config", "shards"} - set(saved)
+    if missing:
+        raise ValueError(
+            f"{path}: not a checkpoint of the trainer, it has no {', '.join(sorted(missing))}; is it an exported one? "
+            "Remove it, and the one before is taken"
+        )
+    if step_file(path.parent, saved["data"]["step"]).name != path.name:
+        raise ValueError(f"{path}: holds step {saved['data']['step']}: remove it, or name it after that step")
+    return saved
+
+
+def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: Sequence[ShardSet]) -> None:
+    """Raises ValueError if the run in out_dir was another one: other settings, or none of the data."""
+    if not {shard_set.digest for shard_set in shard_sets} & set(saved["shards"]):
+        raise ValueError(
+            f"{config.out_dir}: was trained on other shards than {config.data.shards}; {_elsewhere(config)}"
+        )
+    check_same_settings(saved["config"], config)
+
+
+def check_same_settings(settings: dict[str, Any], config: TrainConfig) -> None:
+    """Raises ValueError if a setting of the run in out_dir is different now and makes it another run."""
+    defaults = flatten(to_dict(TrainConfig(init=config.init or "none")))
+    now, before = flatten(to_dict(config)), defaults | flatten(settings)  # they may be older than a key
+    changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+    if changed:
+        was, what = (", ".join(f"{key}={values[key]!r}" for key in changed) for values in (before, now))
+        raise ValueError(f"{config.out_dir}: was trained with {was}, now it is {what}; {_elsewhere(config)}")
+
+
+def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:
+    """A run's configuration with the `init` that it began from, over which export lays its weights.
+
+    Its place may have changed. Raises ValueError if it began from nothing, and is now given one.
+    """
+    if config.init is not None and before is None:
+        raise ValueError(f"{config.out_dir}: began without init, now it is {config.init}; {_elsewhere(config)}")
+    if config.init not in (None, before):
+        log.warning(
+            "init: was %s, and is now %s; it must be the same checkpoint, in another place", before, config.init
+        )
+    return replace(config, init=config.init or before)
+
+
+def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig) -> None:
+    """Keep what the settings before have kept: milestones, and a best that is chosen differently from now on.
+
+    Differently: by another metric or on other scenes, or in validations whose file is gone.
+    """
+    folder = out_dir / "checkpoints"
+    milestone = before["checkpoint"].get("milestone")
+    if milestone not in (None, now.checkpoint.milestone):
+        for step in steps_saved(folder):
+            if step % milestone == 0:
+                keep(folder, step)
+    best, plan = best_saved(folder), compared_plan(now.data)
+    same_metric = before["checkpoint"].get("best") == now.checkpoint.best
+    if best is None or (same_metric and ValidationHistory(out_dir).has(best, plan)):
+        return
+    log.warning(
+        "%s: the former best, which stays; validations or the metric have changed, so there is no best yet",
+        keep(folder, best),
+    )
+    (folder / BEST).unlink()
+
+
+def _elsewhere(config: TrainConfig) -> str:
+    return f"give another out_dir, or remove {config.out_dir} to start from scratch"

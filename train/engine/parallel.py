@@ -1,0 +1,87 @@
+"""How ranks share a model: each a copy, gradients averaged (ddp), or each a part of every tensor (fsdp)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from train.runtime.distributed import World
+from vggt import VGGT
+from vggt.layers import Attention, Mlp
+
+Strategy = Literal["ddp", "fsdp"]
+
+
+def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> nn.Module:
+    """The model as the ranks train it together; a single one keeps it as it is. Every rank must hold equal weights.
+
+    With fsdp, parameters become tensors of which each rank holds a part, in place. bf16: those of the aggregator's
+    linear layers, which bf16 autocast would round at every use anyway, travel between ranks as bf16; everything else,
+    and all gradients, as float32.
+    """
+    if world.size == 1:
+        return model
+    if strategy == "ddp":
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in model.aggregator.modules():
+        if isinstance(module, Attention | Mlp):
+            fully_shard([m for m in module.children() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=policy)
+    # No caller works in place on what a part returns, of which it warns.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    full_state_dict = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for name, module in model.named_children():
+        if name != "aggregator":
+            fully_shard(module, mesh=mesh, mp_policy=full_state_dict)
+    fully_shard(model, mesh=mesh, mp_policy=full_state_dict)
+    return model
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, shared: bool) -> Iterator[None]:
+    """Whether the backward passes inside exchange gradients with the other ranks; if not, they pile up here.
+
+    fsdp exchanges them always: whole gradients on every rank are what it is there to avoid.
+    """
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not shared else nullcontext():
+        yield
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of what `distribute` made of it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def full_state_dict(state: Any, world: World) -> Any:
+    """A state dict with whole tensors where there are parts, on the main rank. Every rank must call it."""
+    if isinstance(state, dict):
+        return {key: full_state_dict(value, world) for key, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if world.is_main else None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, whole, into this one, whose parameters may be parts; its settings stay."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        parameter = parameters[index]
+        if isinstance(parameter, DTensor):
+            for name, value in values.items():
+                if value.shape == parameter.shape:  # not the number of steps
+                    placed = value.to(parameter.device)
+                    values[name] = distribute_tensor(placed, parameter.device_mesh, parameter.placements)
+    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})

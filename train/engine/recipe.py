@@ -1,0 +1,61 @@
+"""The shard sets that a run draws from, and where it is in each: a resumed run may add, remove and reweight them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shards import ShardSet
+from train.data.plan import DataState, ShardSource
+
+Streams = dict[str, list[int]]  # by a set's digest: the number of its stream in the random draws, and the position
+
+
+def new_streams(shard_sets: Sequence[ShardSet], before: Streams) -> Streams:
+    """The stream that each set had, or a new one from its beginning. Raises ValueError if a set is given twice."""
+    first_free = 1 + max((number for number, _ in before.values()), default=-1)
+    streams: Streams = {}
+    for shard_set in shard_sets:
+        if shard_set.digest in streams:
+            raise ValueError(f"data.shards: {shard_set} is given twice; give it once, with the sum of the weights")
+        joined = len(streams.keys() - before.keys())
+        streams[shard_set.digest] = before.get(shard_set.digest, [first_free + joined, 0])
+    return streams
+
+
+def saved_streams(saved: dict[str, Any]) -> Streams:
+    """The streams of a checkpoint, those of sets that left the run before included."""
+    if "streams" in saved["data"]:
+        return saved["data"]["streams"]
+    numbered = enumerate(zip(saved["shards"], saved["data"]["positions"], strict=True))  # of an earlier version
+    return {digest: [number, position] for number, (digest, position) in numbered}
+
+
+def streams_at(state: DataState, shard_sets: Sequence[ShardSet], streams: Streams) -> Streams:
+    """`streams`, with the positions of those that are in use moved to a state."""
+    positions = zip(shard_sets, state.positions, strict=True)
+    return streams | {s.digest: [streams[s.digest][0], position] for s, position in positions}
+
+
+def state_of(step: int, streams: Streams) -> DataState:
+    """The state at a step, of the sets in use."""
+    return DataState(step, tuple(position for _, position in streams.values()))
+
+
+def recipe_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSource], saved: dict[str, Any]) -> list[str]:
+    """What a resumed run does differently, for people."""
+    before, now = set(saved["shards"]), {shard_set.digest for shard_set in shard_sets}
+    joined = [str(shard_set) for shard_set in shard_sets if shard_set.digest not in before]
+    changes = [f"data.shards: {', '.join(joined)} joins the run"] if joined else []
+    if before - now:
+        changes.append(f"data.shards: {len(before - now)} of the {len(before)} sets before have left the run")
+    weights = dict(zip(saved["shards"], _weights(saved["config"]["data"]["shards"]), strict=True))
+    for shard_set, source in zip(shard_sets, sources, strict=True):
+        weight = weights.get(shard_set.digest, source.weight)
+        if weight != source.weight:
+            changes.append(f"data.shards: {shard_set} now has weight {source.weight:g}, not {weight:g}")
+    return changes
+
+
+def _weights(shards: Any) -> list[float]:
+    return [source.get("weight", 1.0) for source in shards] if isinstance(shards, list) else [1.0]

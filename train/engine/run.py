@@ -1,0 +1,208 @@
+"""A run at work: the loop over its steps, with validations and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.data.batches import TrainingSteps
+from train.data.loader import NoDataError, next_batch, stream
+from train.data.plan import DataState, TrainingPlan
+from train.data.scenes import blank_batch
+from train.data.split import Split
+from train.engine.checkpoint import mark_best, save, steps_saved
+from train.engine.folder import REQUEUE_FILE
+from train.engine.memory import explain_oom, peak_gb
+from train.engine.optim import set_lr
+from train.engine.parallel import full_state_dict
+from train.engine.recipe import Streams, streams_at
+from train.engine.settings import TrainConfig, to_dict
+from train.engine.step import StepOutcome, train_step
+from train.engine.tally import Tally, Window
+from train.evaluation.history import ValidationHistory, compared_plan
+from train.evaluation.validation import Validation, Validator
+from train.objective.targets import prepare
+from train.report.logger import Reporter
+from train.report.pictures import SHEET_FILE, contact_sheet, save_picture
+from train.report.words import describe_metrics
+from train.runtime.distributed import World
+from train.runtime.stop import StopRequest
+from vggt.model import VGGT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run at work. model: the model itself; shared: the same as the ranks share it; streams: see engine/recipe.py."""
+
+    config: TrainConfig
+    world: World
+    model: VGGT
+    shared: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    plan: TrainingPlan
+    streams: Streams
+    train_split: Split
+    validator: Validator | None
+    workers: int
+    reporter: Reporter
+    stop: StopRequest
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.config.out_dir)
+
+    def train(self, state: DataState) -> bool:
+        """From `state` to the last step; True if a signal stopped it. Raises ValueError if it must not continue."""
+        config, world, reporter, total = self.config, self.world, self.reporter, self.config.total_steps
+        batches = stream(
+            lambda last: TrainingSteps(self.train_split, self.plan, world.rank, last or state, total),
+            self.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+        if is_validation_step(config, state.step) and self._validate(state):
+            return True
+        window, tally = Window(), Tally(config, world)
+        while state.step < total:
+            began = time.perf_counter()
+            raw = next_batch(batches, self.stop)
+            waited = time.perf_counter() - began
+            if not isinstance(raw, dict):
+                self._abandon_step(state)
+                return self._end_early(state, self._problem_of_any(raw))
+            outcome, lr = self._take_step(raw)
+            if outcome.abandoned:
+                return self._end_early(state, self._problem_of_any(None))
+            state, step = raw["after"], raw["after"].step
+            tally.count_damage(raw, outcome)
+            if outcome.finite:
+                window.add(outcome.terms, outcome.norms, raw["images"].shape[:2].numel(), began, waited)
+            else:
+                self._report_skipped(step, raw, tally.skipped + 1)
+            tally.count_skipped(outcome.finite)
+            if window.steps and (step % config.log_every == 0 or step == total):
+                values = window.means(world) | {"lr": lr, "memory_gb": peak_gb(world.device)}
+                window = Window()
+                reporter.scalars(step, config.data.train_split, values)
+                reporter.progress(step, values)
+            if outcome.stop and step < total:
+                return self._end_early(state, None)
+            if step % config.checkpoint.every == 0 or step == total:
+                self._save(state)
+            if is_validation_step(config, step) and self._validate(state):
+                return True
+        if tally.bad:
+            reporter.say(f"{tally.damage}; they were replaced by others")
+        return False
+
+    def _take_step(self, raw: dict[str, Any]) -> tuple[StepOutcome, float]:
+        """The outcome, and the learning rate."""
+        config, step = self.config, raw["after"].step  # counts the steps that are done
+        lr = set_lr(self.optimizer, config.optim, step - 1, config.total_steps)
+        counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
+        with explain_oom(raw["images"], config, self.world, step):
+            batch = prepare(raw, self.world.device, with_points=config.loss.point > 0)
+            stop = self.stop.asked
+            return train_step(self.shared, self.optimizer, batch, config, self.world, stop=stop, **counts), lr
+
+    def _report_skipped(self, step: int, raw: dict[str, Any], in_a_row: int) -> None:
+        keys = [key for rank_keys in self.world.gather(raw["keys"]) for key in rank_keys]
+        self.reporter.scalars(step, "skipped", {"skipped": in_a_row})
+        self.reporter.say(f"step {step}: skipped on all ranks, as a loss or gradient is not finite; scenes: {keys}")
+
+    def _abandon_step(self, state: DataState) -> None:
+        """Take part in the step at `state`, for which this rank has no data, so that the others do not wait for it."""
+        if self.world.size > 1:
+            raw = blank_batch(self.plan.step(state, self.world.rank))
+            batch = prepare(raw, self.world.device, with_points=self.config.loss.point > 0)
+            train_step(self.shared, self.optimizer, batch, self.config, self.world, abandon=True)
+
+    def _problem_of_any(self, mine: NoDataError | None) -> NoDataError | None:
+        """The first problem with the data of all ranks, on every rank."""
+        return next((problem for problem in self.world.gather(mine) if problem is not None), None)
+
+    def _end_early(self, state: DataState, problem: NoDataError | None) -> bool:
+        """Save what was reached, for a signal asked to stop (True) or, the same on every rank, data cannot be had.
+
+        Raises NoDataError in the latter case.
+        """
+        self._save(state, stopped=problem is None)
+        if problem is not None:
+            saved = f"; what was trained is saved at step {state.step}" if state.step else ""
+            raise NoDataError(f"{problem}{saved}")
+        return True
+
+    def _validate(self, state: DataState) -> bool:
+        """Validate at `state`, unless that is done, and mark the best checkpoint; True if a signal stopped it."""
+        step, history, plan = state.step, ValidationHistory(self.out_dir), compared_plan(self.config.data)
+        # A run that was killed in between has validated before, or has still to do so.
+        if self.validator is not None and not self.world.from_main(lambda: history.has(step, plan)):
+            try:
+                result = self.validator.validate(self.model)
+            except NoDataError as error:  # on every rank
+                return self._end_early(state, error)
+            if result is None:
+                return self._end_early(state, None)
+            self._publish(result, step)
+            if self.world.from_main(lambda: self._best_step(step) == step):
+                self._save(state)
+        if self.world.is_main:
+            mark_best(self.out_dir / "checkpoints", self._best_step(step), self.config.checkpoint)
+        return False
+
+    def _publish(self, result: Validation, step: int) -> None:
+        """Everything that people see of a validation. The history is written last of what a resumed run looks at."""
+        assert self.validator is not None
+        reporter, name = self.reporter, self.config.data.val_split
+        if not reporter.is_main:
+            return
+        reporter.scalars(step, name, result.means())
+        shard_sets = self.validator.split.shard_sets
+        for source, shard_set in enumerate(shard_sets if len(shard_sets) > 1 else ()):
+            if source in result.sources:
+                reporter.scalars(step, f"{name}:{shard_set}", result.means(source))
+        ValidationHistory(self.out_dir).add(step, compared_plan(self.config.data), result.names, result.by_scene)
+        reporter.say(f"step {step}: {name} {describe_metrics(result.means())}")
+        if result.unreadable:
+            few = ", ".join(result.unreadable[:3])
+            reporter.say(f"{len(result.unreadable)} of {len(result.names)} scenes cannot be read: {few}")
+        if result.pictured:
+            title = f"after {step} steps; depths in units of each scene's mean point distance"
+            sheet = contact_sheet(result.pictured, title)
+            save_picture(self.out_dir / SHEET_FILE, sheet)
+            reporter.picture(step, "contact_sheet", sheet)
+
+    def _best_step(self, step: int) -> int | None:
+        """The step of the best validation so far that has a checkpoint, or can get one: `step`, or the first."""
+        saved = {*steps_saved(self.out_dir / "checkpoints"), step}
+        return ValidationHistory(self.out_dir).best_step(self.config.checkpoint.best, saved)
+
+    def _save(self, state: DataState, *, stopped: bool = False) -> None:
+        """A checkpoint from which the data resumes at `state`, unless there is one or nothing to save. All ranks call.
+
+        stopped: leave word that the run wants to be started again.
+        """
+        world, folder = self.world, self.out_dir / "checkpoints"
+        if state.step and not world.from_main(lambda: state.step in steps_saved(folder)):
+            weights, moments = (full_state_dict(part.state_dict(), world) for part in (self.model, self.optimizer))
+            if world.is_main:
+                shard_sets = self.train_split.shard_sets
+                content = {
+                    "model": weights,
+                    "model_config": asdict(self.model.config),
+                    "optimizer": moments,
+                    "data": {"step": state.step, "streams": streams_at(state, shard_sets, self.streams)},
+                    "config": to_dict(self.config),
+                    "shards": [shard_set.digest for shard_set in shard_sets],
+                }
+                save(folder, state.step, content, self.config.checkpoint)
+            world.barrier()
+        if stopped and world.is_main:
+            (self.out_dir / REQUEUE_FILE).touch()
+
+
+def is_validation_step(config: TrainConfig, step: int) -> bool:
+    return step % config.val_every == 0 or step >= config.total_steps

@@ -1,0 +1,79 @@
+"""One training step: chunks forward and backward, clipping, and one small all-reduce that decides for all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from train.engine.optim import clip_gradients
+from train.engine.parallel import gradient_sync, unwrap
+from train.engine.settings import TrainConfig
+from train.objective.losses import losses, normalizer_of
+from train.objective.targets import Batch
+from train.runtime.distributed import World
+from train.runtime.precision import autocast
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """terms and norms: loss terms and gradient norms, tensors on the device. The rest is the same on every rank."""
+
+    terms: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    finite: bool
+    stop: bool
+    abandoned: bool
+    bad: int
+    tried: int
+
+
+def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
+    """Accumulate the gradients of a batch in at most accum_steps chunks of scenes, none of them empty.
+
+    Ranks share gradients in the last chunk only. Returns the loss terms of the batch, detached.
+    """
+    full_state_dict = normalizer_of(batch, config.loss)
+    scenes = batch["images"].shape[0]
+    totals: dict[str, Tensor] = {}
+    bounds = torch.arange(scenes).tensor_split(min(config.accum_steps, scenes))
+    for i, members in enumerate(bounds):
+        chunk = {name: value[members[0] : members[-1] + 1] for name, value in batch.items()}
+        with gradient_sync(model, i == len(bounds) - 1):
+            with autocast(config.precision, chunk["images"].device):
+                predictions = model(chunk["images"])
+            terms = losses(predictions, chunk, full_state_dict, config.loss)
+            terms["loss_objective"].backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    return totals
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: TrainConfig,
+    world: World,
+    *,
+    stop: bool = False,
+    abandon: bool = False,
+    bad: int = 0,
+    tried: int = 0,
+) -> StepOutcome:
+    """Move the parameters by one step, unless on any rank the loss or a gradient is not finite.
+
+    Nor if one abandons it, which has no data and takes part for the sake of the others only. stop, abandon, bad and
+    tried are this rank's; the outcome's are over all ranks.
+    """
+    terms = forward_backward(model, batch, config)
+    norms = clip_gradients(unwrap(model), config.optim.clip)
+    finite = torch.stack([terms["loss_objective"], *norms.values()]).isfinite().all()
+    # The step's only wait for the device, and the only all-reduce beside those of gradients and (fsdp) their norms.
+    flags = torch.stack([~finite, *torch.tensor([stop, abandon, bad, tried]).to(finite.device)]).double()
+    broken, stops, abandoned, all_bad, all_tried = world.sum(flags).tolist()
+    if not broken and not abandoned:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepOutcome(terms, norms, not broken, stops > 0, abandoned > 0, int(all_bad), int(all_tried))

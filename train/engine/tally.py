@@ -1,0 +1,72 @@
+"""What a run counts while it trains: what the next log line averages over, damaged frames, skipped steps."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+
+from train.engine.settings import TrainConfig
+from train.engine.step import StepOutcome
+from train.report.words import describe_damage
+from train.runtime.distributed import World
+
+MIN_TRIED = 200  # frames, before a fraction of bad ones means anything
+
+
+class Window:
+    """Sums of what a log line averages over."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps, self.images, self.waited, self.seconds = 0, 0, 0.0, 0.0
+
+    def add(
+        self, terms: dict[str, torch.Tensor], norms: dict[str, torch.Tensor], images: int, began: float, waited: float
+    ) -> None:
+        for name, value in (terms | {f"grad_norm_{k}": v for k, v in norms.items()}).items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps, self.images = self.steps + 1, self.images + images
+        self.waited, self.seconds = self.waited + waited, self.seconds + time.perf_counter() - began
+
+    def means(self, world: World) -> dict[str, float]:
+        """The means over the steps and over the ranks."""
+        values = torch.stack(list(self.sums.values())).double() / self.steps
+        means = (world.sum(values) / world.size).tolist()
+        rates = {"images_per_s": self.images * world.size / self.seconds, "data_wait": self.waited / self.seconds}
+        return dict(zip(self.sums, means, strict=True)) | rates
+
+
+class Tally:
+    """Damaged frames and skipped steps since a process began; each raises ValueError when it is too much."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.bad = self.tried = self.skipped = 0
+        self.damaged: Counter[str] = Counter()  # frames of this rank, by file
+
+    def count_damage(self, raw: dict[str, Any], outcome: StepOutcome) -> None:
+        """raw: the batch of this rank; the outcome counts those of all."""
+        self.damaged.update(raw["bad"])
+        self.bad, self.tried = self.bad + outcome.bad, self.tried + outcome.tried
+        if self.tried >= MIN_TRIED and self.bad > self.config.data.max_bad * self.tried:
+            raise ValueError(
+                f"{self.damage}, more than data.max_bad={self.config.data.max_bad:g}; copy these files again, or pack "
+                "again"
+            )
+
+    @property
+    def damage(self) -> str:
+        """All ranks must ask."""
+        files = describe_damage(self.world.gather(self.damaged))
+        return f"{self.bad} of {self.tried} frames read are damaged: {files}"
+
+    def count_skipped(self, finite: bool) -> None:
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped > self.config.max_skipped:
+            raise ValueError(
+                f"{self.skipped} steps in a row were not finite (max_skipped={self.config.max_skipped}): lower "
+                "optim.lr, or look at the scenes listed above"
+            )

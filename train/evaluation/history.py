@@ -1,0 +1,66 @@
+"""The validations of a run, in validation.jsonl: which are done, which can be compared, which is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.plan import DataConfig
+from train.evaluation.metrics import METRICS
+from train.runtime.jsonl import append_line, finite_or_none, read_jsonl
+
+VALIDATION_FILE = "validation.jsonl"
+
+Line = dict[str, Any]  # step, plan (see compared_plan) and scenes: [{scene: its name, metric: value or null, ...}]
+
+
+def compared_plan(data: DataConfig) -> dict[str, Any]:
+    """What two validations must have in common to be of the same scenes."""
+    values = asdict(data)
+    return {key: values[key] for key in ("val_split", "val_scenes", "val_views", "val_aspect", "width")}
+
+
+@dataclass(frozen=True)
+class ValidationHistory:
+    """The validations of the run in a folder."""
+
+    out_dir: Path
+
+    @property
+    def lines(self) -> list[Line]:
+        return read_jsonl(self.out_dir / VALIDATION_FILE, "plan", "scenes")
+
+    def add(self, step: int, plan: dict[str, Any], names: list[str], by_scene: list[dict[str, float]]) -> None:
+        scenes = [{"scene": name} | finite_or_none(values) for name, values in zip(names, by_scene, strict=True)]
+        append_line(self.out_dir / VALIDATION_FILE, {"step": step, "plan": plan, "scenes": scenes})
+
+    def has(self, step: int, plan: dict[str, Any]) -> bool:
+        return any((line["step"], line["plan"]) == (step, plan) for line in self.lines)
+
+    @property
+    def comparable(self) -> list[Line]:
+        """Those of the same scenes as the last: a resumed run may validate on others."""
+        lines = self.lines
+        return [line for line in lines if line["plan"] == lines[-1]["plan"]]
+
+    def best_step(self, metric: str, saved: Container[int] | None = None) -> int | None:
+        """The step with the best mean of a metric, the first of equals; None if there is none.
+
+        Only scenes that have the metric in every validation count: one that can no longer be read would change the
+        mean. saved: the steps that have a checkpoint; of the others only the first validation takes part.
+        """
+        sign = -1 if metric in METRICS and METRICS[metric].higher_is_better else 1
+        lines = self.comparable
+        lines = [line for line in lines if saved is None or line is lines[0] or line["step"] in saved]
+        lines = [line for line in lines if any(metric in scene for scene in line["scenes"])]
+        in_all = [all(metric in scene for scene in same) for same in zip(*(line["scenes"] for line in lines))]  # noqa: B905
+        found = []
+        for line in lines:
+            values = [scene[metric] for scene, counts in zip(line["scenes"], in_all, strict=False) if counts]
+            if values and None not in values:  # None: not finite
+                found.append((sign * float(np.mean(values)), line["step"]))
+        return min(found)[1] if found else None

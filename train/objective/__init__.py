@@ -1,0 +1,1 @@
+"""What the losses compare with, and the losses."""

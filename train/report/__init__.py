@@ -1,0 +1,1 @@
+"""What people see: words, pages, pictures, the log."""

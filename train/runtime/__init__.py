@@ -1,0 +1,1 @@
+"""Processes, signals, files of lines: what all of training stands on."""
