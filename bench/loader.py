@@ -37,9 +37,11 @@ from prep.importers.co3d import Co3D
 from prep.importers.source import Frame, Source
 from prep.packing.executors import process_pool
 from prep.packing.frames import FAR_PERCENTILE, MASK_THRESHOLD
-from prep.packing.pack import PackOptions, pack
+from prep.packing.pack import pack
+from prep.packing.plan import PackOptions
+from shards.build_index import TarIndex, index_tar, write_index
 from shards.codecs import decode_depth, decode_jpeg
-from shards.index import TarIndex, index_tar, sha256, write_index
+from shards.index import sha256
 from train.data.batches import TrainingSteps, load_ahead
 from train.data.color_jitter import apply_color_jitter
 from train.data.crops import crop_depth, crop_image

@@ -25,9 +25,10 @@ import shards
 from prep.importers.source import Frame
 from prep.packing.executors import process_pool
 from prep.packing.frames import FAR_PERCENTILE, MASK_THRESHOLD
-from prep.packing.pack import PackOptions, pack
+from prep.packing.pack import pack
+from prep.packing.plan import PackOptions
 from shards.codecs import decode_jpeg, encode_depth, encode_jpeg
-from shards.pixels import nearest
+from shards.geometry import nearest
 
 OPTIONS = PackOptions(min_frames=1, shard_frames=10)
 SEQUENCES, FRAMES = 4, 10  # a shard a sequence: as much work for each of two workers

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import shards
 import train.main
 from prep.packing.executors import process_pool
-from prep.packing.pack import PackOptions, pack
+from prep.packing.pack import pack
+from prep.packing.plan import PackOptions
 from train.config import load_config
 from train.data.batches import TrainingSteps
 from train.data.loader import stream

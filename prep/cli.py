@@ -4,117 +4,34 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 
 import shards
-from prep.importers.co3d import Co3D, OfficialCo3D
+from prep.importers.co3d import Co3D
+from prep.importers.co3d_official import OfficialCo3D
 from prep.packing.executors import dask_cluster, process_pool
-from prep.packing.pack import PackOptions, PackResult, ShardDone, pack, read_report
+from prep.packing.pack import PackResult, pack
+from prep.packing.plan import PackOptions
+from prep.packing.shard import ShardDone
+from prep.packing.work import read_report
 from prep.synth.scenes import SynthOptions, synth
+from prep.terminal import Fraction, LocalPath, console, counted, plain_errors, progress_bar, size_text, start
 from shards.index import REPAIR, sha256
 from shards.schema import DATASET_FILE, FRAMES_FILE, REPORT_FILE, SPLITS
 
 SHOWN_DOUBTS = 5  # sequences
-console = Console(highlight=False, markup=False, emoji=False)  # names are printed as they are
-
-
-class Stopped(click.ClickException):
-    exit_code = 130  # as shells expect it of a Ctrl-C
-
-    def show(self, file: Any = None) -> None:
-        click.echo(self.message, err=True)
-
-
-@contextmanager
-def plain_errors(stopped: str = "stopped") -> Iterator[None]:
-    """What a user can mend is said in one line, without a traceback; a signal to stop ends with the line `stopped`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Stopped(stopped) from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    except BrokenProcessPool as error:
-        raise click.ClickException("a worker process died, perhaps for lack of memory: try fewer --workers") from error
-
-
-class LocalPath(click.Path):
-    """A path on this machine; a URL, which it would take for a folder called `s3:`, is an error."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if "://" in str(value):
-            self.fail(f"{value}: expected a place on this machine; sets can be copied elsewhere and read there")
-        return super().convert(os.path.expanduser(value), param, ctx)
-
-
-class Fraction(click.FloatRange):
-    """A number from 0 to 1. Click lets NaN pass, which is neither below nor above a limit."""
-
-    def __init__(self, **limits: Any) -> None:
-        super().__init__(0, 1, **limits)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        share = super().convert(value, param, ctx)
-        return share if share == share else self.fail(f"{value} is not a number", param, ctx)
-
-
-@contextmanager
-def progress_bar(unit: str, *columns: str) -> Iterator[Progress]:
-    """A bar that appears when it is started, and is gone from the terminal's care at the end, error or not."""
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        *columns,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=600,  # a shard may take a minute
-    )
-    try:
-        yield bar
-    finally:
-        bar.stop()
-
-
-def start(bar: Progress, description: str, total: int, **fields: Any) -> TaskID:
-    bar.start()
-    return bar.add_task(description, total=total, **fields)
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def size_text(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 workers_option = click.option(
@@ -386,7 +303,7 @@ def index_command(shard_set: Path, workers: int) -> None:
     \b
     vggt-prep index data/shards
     """
-    from shards.index import rebuild_index
+    from shards.build_index import rebuild_index
 
     with plain_errors(), process_pool(workers, ["shards.index"]) as pool, progress_bar("tars") as bar:
         tasks: list[TaskID] = []

@@ -12,12 +12,11 @@ import numpy as np
 
 from shards import ShardSet, drawing
 from shards.codecs import decode_depth, decode_jpeg
-from shards.pixels import nearest, scale_intrinsics
+from shards.geometry import AGREEMENT, DepthView, agreement, nearest, project, scale_intrinsics
 from shards.writer import atomic_file
 
 STRIP_FRAMES, STRIP_HEIGHT = 8, 150
 PAIR_HEIGHT, PAIR_STEP = 300, 10  # the second view of a pair lies a tenth of the sequence after the first
-AGREEMENT = 0.05  # of the depth: how far two views may differ on a point that both see
 CHECKER = 40  # pixels
 POINTS = 4000  # a frame, of the view from above
 
@@ -36,26 +35,22 @@ a camera, an intrinsic or a depth is wrong.
 
 
 class View:
-    """A frame at a small size: image [h, w, 3], depth [h, w] (0: unknown), extrinsics [3, 4], intrinsics [3, 3]."""
+    """A frame at a small size: image [h, w, 3], and its geometry."""
 
     def __init__(self, shard_set: ShardSet, frame: int, height: int) -> None:
         row = shard_set.row(frame)
         size = int(row["height"]), int(row["width"])
         scale = min(1.0, height / size[0])
         shape = round(size[0] * scale), round(size[1] * scale)
-        jpeg, depth = shard_set.read(frame)
+        jpeg, depth_bytes = shard_set.read(frame)
         image, _ = decode_jpeg(jpeg)
         self.image = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
         rows, columns = (nearest((np.arange(n) + 0.5) * m / n - 0.5, m) for n, m in zip(shape, size, strict=True))
-        full = np.zeros(size, np.float16) if depth is None else decode_depth(depth, *size)
-        self.depth = full[rows[:, None], columns].astype(np.float64) * row["depth_scale"]
-        self.extrinsics = np.array(row["extrinsics"])
-        self.intrinsics = scale_intrinsics(row["intrinsics"], shape[1] / size[1], shape[0] / size[0])
+        full = np.zeros(size, np.float16) if depth_bytes is None else decode_depth(depth_bytes, *size)
+        depth = full[rows[:, None], columns].astype(np.float64) * row["depth_scale"]
         self.name = bytes(row["name"]).decode()
-
-    def points(self) -> np.ndarray:
-        """Points of the world [3, h * w], NaN where the depth is unknown."""
-        return drawing.unproject(np.where(self.depth > 0, self.depth, np.nan), self.extrinsics, self.intrinsics)
+        intrinsics = scale_intrinsics(row["intrinsics"], shape[1] / size[1], shape[0] / size[0])
+        self.geometry = DepthView(depth, np.array(row["extrinsics"]), intrinsics)
 
 
 def write_preview(shard_set: ShardSet, out: Path, count: int) -> Iterator[str | None]:
@@ -83,7 +78,7 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
     frames = np.unique(np.linspace(first, first + count - 1, min(STRIP_FRAMES, count)).round().astype(int))
     views = [View(shard_set, int(frame), STRIP_HEIGHT) for frame in frames]
     cameras = shard_set.frames[first : first + count]
-    known = np.mean([(view.depth > 0).mean() for view in views])
+    known = np.mean([(view.geometry.depth > 0).mean() for view in views])
     k, size = cameras["intrinsics"][0], (int(cameras["width"][0]), int(cameras["height"][0]))
     angle = 2 * np.degrees(np.arctan(size[0] / 2 / k[0, 0]))
     lines = [f"{count} frames of {size[0]} x {size[1]}, {angle:.0f} degrees wide; depth known at {known:.0%} of pixels"]
@@ -99,12 +94,12 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
 
 def _strip(views: list[View], cameras: np.ndarray) -> np.ndarray:
     """Images above depths, the scale of these, and the cameras from above."""
-    near, far = drawing.near_and_far(np.concatenate([view.depth.reshape(-1) for view in views]))
-    depths = [drawing.color_depth(view.depth, near, far) for view in views]
+    near, far = drawing.near_and_far(np.concatenate([view.geometry.depth.reshape(-1) for view in views]))
+    depths = [drawing.color_depth(view.geometry.depth, near, far) for view in views]
     body = drawing.stack([drawing.row([view.image for view in views]), drawing.row(depths)])
     points = []
     for view in views:
-        cloud = view.points().T
+        cloud = view.geometry.points().T
         cloud = cloud[np.isfinite(cloud[:, 0])]
         points.append(cloud[:: max(1, len(cloud) // POINTS)])
     above = drawing.top_down(
@@ -115,16 +110,13 @@ def _strip(views: list[View], cameras: np.ndarray) -> np.ndarray:
 
 def _pair(a: View, b: View) -> tuple[str, np.ndarray]:
     """How well two views fit each other, in words and as a picture."""
-    shape = b.depth.shape
-    pixels, depth = drawing.project(b.points(), a.extrinsics, a.intrinsics)
+    shape = b.geometry.depth.shape
+    pixels, _ = project(b.geometry.points(), a.geometry.extrinsics, a.geometry.intrinsics)
     warped = drawing.sample(a.image, pixels, shape)
-    measured = drawing.sample(a.depth.astype(np.float32), pixels, shape, nearest=True).reshape(-1)
-    both = (measured > 0) & np.isfinite(depth)
-    if both.any():
-        share = np.mean(np.abs(measured[both] / depth[both] - 1) < AGREEMENT)
-        words = f"their depths agree to {AGREEMENT:.0%} at {share:.0%} of the pixels that both know"
-    else:
-        words = "no pixel has a depth in both"
+    compared, agreeing = agreement(b.geometry, a.geometry)
+    words = "no pixel has a depth in both"
+    if compared:
+        words = f"their depths agree to {AGREEMENT:.0%} at {agreeing / compared:.0%} of the pixels that both know"
     v, u = np.mgrid[: shape[0], : shape[1]] // CHECKER
     checker = np.where(((u + v) % 2 == 0)[..., None], warped, b.image)
     return words, drawing.row([a.image, b.image, warped, checker])

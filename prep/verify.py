@@ -1,4 +1,4 @@
-"""Is a shard set what was packed? Every byte, every member, every camera, and that others read the same."""
+"""Is a shard set what was packed? Every byte, every member, every camera."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 
 import shards
 from prep.packing.frames import check_camera
+from shards.build_index import complete_rows, index_tar
 from shards.codecs import decode_depth, jpeg_size
-from shards.index import REPAIR, complete_rows, index_tar, sha256
-from shards.schema import DATASET_FILE, DEPTH, FRAMES_FILE, JPEG, SEQUENCES_FILE, row_crc
+from shards.index import REPAIR, sha256
+from shards.schema import DATASET_FILE, FRAMES_FILE, SEQUENCES_FILE, row_crc
 from shards.storage import LocalStorage
 
 SAMPLE_SEED = 0
@@ -120,7 +120,6 @@ def verify_tar(shard_set: shards.ShardSet, check: TarCheck) -> list[str]:
             )
             copied = shard_set.with_tars_at(LocalStorage(path.parent))
             found += [*_frame_problems(copied, check), *_index_problems(shard_set, check, path)]
-            found += _stock_problems(shard_set, check, path)
     except OSError as error:
         found = [str(error)]
     return [f"{shard_set}/{name}: {problem}" for problem in found]
@@ -162,22 +161,3 @@ def _index_problems(shard_set: shards.ShardSet, check: TarCheck, path: Path) -> 
     stated = [(row["category"].decode(), row["name"].decode(), int(row["count"])) for row in named]
     if rows.tobytes() != held.tobytes() or stated != sequences:
         yield "the index says something else of it; mend it with: vggt-prep index"
-
-
-def _stock_problems(shard_set: shards.ShardSet, check: TarCheck, path: Path) -> Iterator[str]:
-    """What the webdataset library reads, without any code of ours."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander  # slow to import, and only needed here
-
-    frames = shard_set.frames[check.first : check.first + check.count]
-    expected = [
-        (shard_set.key(check.first + i), int(row["jpg_crc"]), int(row["depth_crc"])) for i, row in enumerate(frames)
-    ]
-    try:
-        with path.open("rb") as file:
-            samples = group_by_keys(tar_file_expander([{"url": str(path), "stream": file}]))
-            found = [(s["__key__"], crc32(s[JPEG]), crc32(s.get(DEPTH, b""))) for s in samples]
-    except Exception as error:  # whatever the library raises for a damaged tar
-        yield f"webdataset cannot read it ({error})"
-        return
-    if found != expected:
-        yield f"webdataset reads {len(found)} frames that are not the {len(expected)} of the index"

@@ -112,29 +112,10 @@ def top_down(extrinsics: np.ndarray, intrinsics: np.ndarray, points: np.ndarray,
     return picture
 
 
-def unproject(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """Points of the world [3, H * W] at each pixel's depth [H, W]."""
-    height, width = depth.shape
-    v, u = np.mgrid[:height, :width].reshape(2, -1).astype(np.float64)
-    x, y = (u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1]
-    points = np.stack([x, y, np.ones_like(x)]) * depth.reshape(-1)
-    return extrinsics[:, :3].T @ (points - extrinsics[:, 3:])
-
-
-def project(points: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [2, N] and depths [N] at which a camera sees points of the world [3, N]; NaN behind it."""
-    rays = extrinsics[:, :3] @ points + extrinsics[:, 3:]
-    z = np.where(rays[2] > 0, rays[2], np.nan)
-    return rays[:2] / z * np.diag(intrinsics)[:2, None] + intrinsics[:2, 2:], z
-
-
-def sample(image: np.ndarray, pixels: np.ndarray, shape: tuple[int, int], *, nearest: bool = False) -> np.ndarray:
-    """The values [h, w, ...] of an image at pixels [2, h * w]: grey (of one channel: 0) where these are outside or NaN.
-
-    nearest: take the nearest pixel's, as for depths; else interpolate.
-    """
+def sample(image: np.ndarray, pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The interpolated values [h, w, 3] of an image at pixels [2, h * w], gray where these are outside or NaN."""
     x, y = np.where(np.isfinite(pixels), pixels, -9).astype(np.float32).reshape(2, *shape)
     outside = (x < 0) | (x > image.shape[1] - 1) | (y < 0) | (y > image.shape[0] - 1)
-    values = cv2.remap(image, x, y, cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
-    values[outside] = 0 if image.ndim == 2 else UNKNOWN
+    values = cv2.remap(image, x, y, cv2.INTER_LINEAR)
+    values[outside] = UNKNOWN
     return values

@@ -24,6 +24,7 @@ from rich.table import Table
 
 import shards
 from shards import drawing
+from shards.geometry import AGREEMENT, DepthView, agreement
 from train.config import load_config, user_path
 from train.data.batches import TrainingSteps
 from train.data.loader import stream
@@ -35,7 +36,6 @@ from train.report.pictures import save_picture
 from train.report.words import describe_damage
 
 PLANNED, SHOWN, MAX_VIEWS, ROW_HEIGHT = 8, 4, 8, 150  # steps in the table; scenes, views and pixels on the sheet
-AGREEMENT = 0.02  # of the depth
 DOUBTFUL = 0.4  # below that share of agreeing pixels, something is probably wrong
 SHEET_FILE = "data.png"
 
@@ -143,15 +143,9 @@ def cross_view_agreement(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: 
     """
     if not (depth[0] > 0).any() or not (depth[1:] > 0).any():
         return None
-    points = drawing.unproject(np.where(depth[0] > 0, depth[0], np.nan), extrinsics[0], intrinsics[0])
-    agree = compared = 0
-    for other in range(1, len(depth)):
-        pixels, z = drawing.project(points, extrinsics[other], intrinsics[other])
-        there = drawing.sample(depth[other].astype(np.float32), pixels, depth[0].shape, nearest=True).reshape(-1)
-        known = (there > 0) & np.isfinite(z)
-        compared += int(known.sum())
-        agree += int((np.abs(there[known] / z[known] - 1) < AGREEMENT).sum())
-    return agree / compared if compared else math.nan
+    first, *others = map(DepthView, depth, extrinsics, intrinsics)
+    compared, agreeing = np.sum([agreement(first, other) for other in others], axis=0)
+    return agreeing / compared if compared else math.nan
 
 
 def print_checks(checks: dict[str, float]) -> None:

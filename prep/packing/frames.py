@@ -12,7 +12,7 @@ import numpy as np
 
 from prep.importers.source import Frame
 from shards.codecs import decode_jpeg, encode_depth, encode_jpeg, jpeg_size
-from shards.pixels import nearest, scale_intrinsics
+from shards.geometry import nearest, scale_intrinsics
 from shards.schema import FrameMeta
 
 FAR_PERCENTILE = 98.0  # of the valid depths: what lies farther is mostly noise of the stereo

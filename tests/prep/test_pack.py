@@ -20,7 +20,9 @@ from prep.importers.cameras import OpenCVCamera
 from prep.importers.co3d import Co3D
 from prep.importers.source import Frame, Sequence
 from prep.packing.executors import process_pool
-from prep.packing.pack import PackError, PackOptions, ShardJob, pack, pack_shard
+from prep.packing.pack import pack
+from prep.packing.plan import PackError, PackOptions, ShardJob, make_plan
+from prep.packing.shard import pack_shard
 from shards.codecs import decode_depth
 
 
@@ -195,7 +197,7 @@ def test_what_a_damaged_set_left_out_is_still_reported_when_it_is_mended(editabl
 def test_a_task_of_a_pack_that_is_gone_writes_nothing(captures, tmp_path):
     """As a Dask worker comes to it after its client was killed, and another pack was begun in the same place."""
     source = Co3D(captures / "co3d", captures / "annotations")
-    job = ShardJob(split="train", name="train-000000", sequences=[next(source.sequences())])
+    (job, *_), _ = make_plan(source, PackOptions(), False)
     (tmp_path / ".pack").mkdir()
     (tmp_path / ".pack" / "job.json").write_text("{}")
     with pytest.raises(PackError, match="the pack that this shard was for is over"):
@@ -205,7 +207,7 @@ def test_a_task_of_a_pack_that_is_gone_writes_nothing(captures, tmp_path):
 
 def test_a_task_of_another_pack_does_not_replace_a_tar_of_a_finished_set(captures, shard_dir, tmp_path):
     shutil.copytree(shard_dir, tmp_path / "set")
-    job = ShardJob(split="train", name="train-000000", sequences=[])
+    job = ShardJob("train", "train-000000", [], b"")
     with pytest.raises(PackError, match="the pack that this shard was for is over"):
         pack_shard(job, tmp_path / "set", PackOptions(), "0" * 64)
     assert tree(tmp_path / "set") == tree(shard_dir)

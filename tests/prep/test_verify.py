@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import shards
 from prep.verify import verify
+from shards.build_index import index_tar, rebuild_index, write_index
 from shards.codecs import decode_depth, encode_depth
-from shards.index import index_tar, map_rows, rebuild_index, write_index
+from shards.index import map_rows
 from shards.schema import CRC_ZEROS, SELF_CRC, FrameMeta, frame_dtype, row_crc, self_crc
 from shards.writer import json_bytes, write_tar
 
@@ -106,7 +107,6 @@ def test_verify_names_each_damaged_frame(shard_dir, tmp_path):
     assert done.returncode == 1
     for frame in frames:
         assert f"{tar}: the jpg of {opened.key(frame)} does not match its CRC" in done.stderr
-    assert f"{tar}: webdataset reads 72 frames that are not the 72 of the index" in done.stderr
     assert "Traceback" not in done.stderr
     whole = vggt_prep("verify", shard_dir)
     assert whole.returncode == 0, whole.stderr

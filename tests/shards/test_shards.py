@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import shards
+from shards.build_index import index_tar
 from shards.codecs import decode_depth, decode_jpeg, encode_depth
-from shards.index import index_tar
-from shards.pixels import nearest, scale_intrinsics
+from shards.geometry import nearest, scale_intrinsics
 from shards.schema import FrameMeta, frame_name, member_key
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from shards.pixels import nearest
+from shards.geometry import nearest
 from train.data.plan import StepShape
 
 CROP_RANGE = (0.8, 1.2)  # of each side, at most 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shards import drawing
+from shards.geometry import unproject
 from shards.writer import atomic_file
 from train.evaluation.scene_result import Cameras, SceneResult
 
@@ -73,6 +74,6 @@ def _top_down(cameras: Cameras, depth: np.ndarray, side: int) -> np.ndarray:
     """All cameras of a scene, and points of these depths [views, H, W] seen by the first of them."""
     extrinsics, intrinsics = cameras.extrinsics.double().numpy(), cameras.intrinsics.double().numpy()
     seen = zip(depth, extrinsics, intrinsics, strict=False)  # there may be more cameras than depths
-    points = np.concatenate([drawing.unproject(np.where(d > 0, d, np.nan), e, k) for d, e, k in seen], axis=1).T
+    points = np.concatenate([unproject(np.where(d > 0, d, np.nan), e, k) for d, e, k in seen], axis=1).T
     points = points[np.isfinite(points).all(axis=1)]
     return drawing.top_down(extrinsics, intrinsics, points[:: len(points) // MAX_POINTS + 1], side)

@@ -434,7 +434,8 @@ ABANDONED = """
 import sys
 import shards
 from train.data.batches import TrainingSteps
-from train.data.split import Split, make_loader
+from train.data.split import Split
+from train.data.workers import make_loader
 from train.data.plan import DataConfig, TrainingPlan
 split = Split([shards.open(sys.argv[1])], "train")
 config = DataConfig(width=56, views=(2, 2))

@@ -13,8 +13,8 @@ import shards
 from prep.importers.cameras import OpenCVCamera
 from prep.importers.source import Frame
 from prep.packing.frames import FrameOptions, pack_frame
+from shards.build_index import rebuild_index
 from shards.codecs import encode_jpeg
-from shards.index import rebuild_index
 from shards.writer import write_tar
 from train.data.plan import DataState, Scene, Step, StepShape
 from train.data.scenes import load_step

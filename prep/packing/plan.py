@@ -1,0 +1,98 @@
+"""Which shards a pack makes: a pure function of the annotations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from prep.importers.source import Sequence, Source
+from prep.packing.frames import FrameOptions
+from shards.schema import SPLITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions(FrameOptions):
+    """min_frames: sequences with fewer usable frames are left out; shard_frames: a shard is full at that many."""
+
+    min_frames: int = 24
+    shard_frames: int = 500
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to be made: the unit of work, self-contained.
+
+    summary: category, name, annotated frames, and how many have depth, of each sequence; content: the sequences, which
+    a large dataset has too many of to hold them as they are.
+    """
+
+    split: str
+    name: str
+    summary: list[tuple[str, str, int, int]]
+    content: bytes
+
+    @property
+    def frames(self) -> int:
+        return sum(count for _, _, count, _ in self.summary)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return pickle.loads(zlib.decompress(self.content))  # of this process, or of the one that made it for a worker
+
+
+def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -> tuple[list[ShardJob], int]:
+    """The shards to make, and how many sequences are both to train and to test on (source: train comes first).
+
+    Raises PackError if that is true of frames, unless it is allowed.
+    """
+    plan, in_both = [], 0
+    trained: dict[tuple[str, str], np.ndarray] = {}  # hashes of their frames' paths: a large dataset has millions
+    for split, name, sequences in _filled(source, options):
+        summary = [(s.category, s.name, s.annotated, sum(f.depth is not None for f in s.frames)) for s in sequences]
+        plan.append(ShardJob(split, name, summary, zlib.compress(pickle.dumps(sequences), 1)))
+        for sequence in sequences:
+            key, paths = (sequence.category, sequence.name), [frame.path for frame in sequence.frames]
+            hashes = np.array([hash(path) for path in paths], np.int64)
+            if sequence.split == SPLITS[0]:
+                trained[key] = hashes
+            elif key in trained:
+                in_both += 1
+                same = np.flatnonzero(np.isin(hashes, trained[key]))
+                if len(same) and not allow_shared_frames:
+                    raise PackError(
+                        f"{paths[same[0]]} is in the train and in the test split, with {len(same) - 1} more frames of "
+                        "its sequence: a test on them says nothing. Give another --set-list or other annotations, only "
+                        "one --split, or --allow-shared-frames"
+                    )
+    return plan, in_both
+
+
+def _filled(source: Source, options: PackOptions) -> Iterator[tuple[str, str, list[Sequence]]]:
+    """Split, name and sequences of each shard: filled with whole sequences, as the annotations alone say."""
+    split, number, held = "", 0, list[Sequence]()
+    for sequence in source.sequences():
+        full = sum(s.annotated for s in held) >= options.shard_frames
+        if held and (full or sequence.split != split):
+            yield split, f"{split}-{number:06d}", held
+            number, held = number + 1, []
+        if sequence.split != split:
+            split, number = sequence.split, 0
+        held.append(sequence)
+    if held:
+        yield split, f"{split}-{number:06d}", held
+
+
+def plan_digest(plan: list[ShardJob]) -> str:
+    """What tells a plan from others."""
+    rows = [{"split": job.split, "name": job.name, "sequences": job.summary} for job in plan]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+class PackError(ValueError):
+    """A pack that must not continue; the message says why and what to do."""

@@ -1,0 +1,167 @@
+"""The folder of a pack at work: what is done, what a former pack left, how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import shards
+from prep.packing.plan import PackError, ShardJob
+from shards.build_index import TarIndex, write_index
+from shards.index import read_dataset
+from shards.schema import DATASET_FILE, REPORT_FILE, WORK_FOLDER
+from shards.writer import write_json
+
+ShardReport = dict[str, list[Any]]  # bad, short and doubtful, as in PackResult
+NOTHING_TO_REPORT: ShardReport = {"bad": [], "short": [], "doubtful": []}
+JOB_FILE = "job.json"
+
+
+def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, int]:
+    """The shards that are done, and how many bad frames each has; without those that have some if these are too many.
+
+    Then the dataset may have been repaired since, and they are made again.
+    """
+    kept = {entry.name: len(_report(out, entry.name)["bad"]) for entry in plan if is_done(out, entry.name)}
+    if sum(kept.values()) <= most_bad:
+        return kept
+    for name in [name for name, bad in kept.items() if bad]:
+        del kept[name]
+        record_file(out, name).unlink()  # now: a kill must not bring it back
+    return kept
+
+
+def reopen(out: Path) -> None:
+    """Leave records of the shards of a finished set that lost some file, for those whose tars are as they were to stay.
+
+    None if there was no such set, or its report is gone: then nobody knows what was left out.
+    """
+    report = read_report(out)
+    if not (out / DATASET_FILE).exists() or report is None:
+        return
+    files = _read_record(out / DATASET_FILE)["files"]
+    tars = {name.removesuffix(".tar"): entry for name, entry in files.items() if name.endswith(".tar")}
+    for name in sorted({*tars, *report}):
+        if not record_file(out, name).exists():  # else a pack that was stopped has left it
+            write_json(record_file(out, name), {"index": tars.get(name)} | report.get(name, NOTHING_TO_REPORT))
+
+
+def record_file(out: Path, name: str) -> Path:
+    """Where it is written what became of a shard: what the index says of its tar, and what there is to report."""
+    return out / WORK_FOLDER / f"{name}.json"
+
+
+def _report(out: Path, name: str) -> dict[str, Any]:
+    return json.loads(record_file(out, name).read_bytes())
+
+
+def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -> None:
+    """Write the report of all shards that were made and the index.
+
+    If too much is bad, only a report, where it replaces none of a finished set.
+    """
+    work = out / WORK_FOLDER
+    reports = {name: _report(out, name) for name in names if is_done(out, name)}
+    to_tell = {name: {key: part.get(key, []) for key in NOTHING_TO_REPORT} for name, part in reports.items()}
+    to_tell = {name: part for name, part in to_tell.items() if part != NOTHING_TO_REPORT}
+    bad = [entry for part in reports.values() for entry in part["bad"]]
+    if len(bad) > most_bad:
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in bad).most_common())
+        so_far = "" if len(reports) == len(names) else f" in {len(reports)} of {len(names)} shards"
+        write_json(work / REPORT_FILE, to_tell)
+        raise PackError(
+            f"{len(bad)} frames are bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
+            f"each is listed in {work / REPORT_FILE}. Repair the dataset, or allow more, and run again: "
+            "what is good is kept"
+        )
+    tars = [
+        TarIndex(file=f"{name}.tar", rows=work / f"{name}.npy", **reports[name]["index"])
+        for name in names
+        if reports[name]["index"]
+    ]
+    write_json(out / REPORT_FILE, to_tell)
+    if not tars:
+        _clear(work)  # so that other options may be tried
+        raise PackError(
+            f"no sequence has {job['options']['min_frames']} usable frames; see {out / REPORT_FILE} and --min-frames"
+        )
+    write_index(out, tars, source=job["source"], options=job["options"])
+    for leftover in out.glob("*.tmp"):  # of a worker that was lost, and whose shard another one made
+        leftover.unlink()
+    _clear(work)
+
+
+def _clear(work: Path) -> None:
+    """Remove the folder of a pack that has ended; first what says that there is one."""
+    (work / JOB_FILE).unlink()
+    shutil.rmtree(work)
+
+
+def check_place(out: Path, job: dict[str, Any]) -> None:
+    """Raises PackError unless `out` is free, or holds what this job has made so far."""
+    for path in (out / DATASET_FILE, out / WORK_FOLDER / JOB_FILE):
+        if path.is_file():
+            _check_same(out, _read_record(path), job)
+            return
+    if out.exists() and not out.is_dir():
+        raise PackError(f"{out}: expected a directory")
+    if out.is_dir() and any(out.glob("*.tar")) and not (out / WORK_FOLDER).exists():
+        raise PackError(f"{out}: holds tars, but no {DATASET_FILE}: make one with vggt-prep index, or remove {out}")
+    if out.is_dir() and any(path.name not in (WORK_FOLDER, REPORT_FILE) for path in out.iterdir()):
+        raise PackError(f"{out}: not empty, and holds no shards; give another --out")
+
+
+def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises PackError, saying what differs, unless `out` holds, or will hold, what is wanted."""
+    advice = "give another --out, or remove it first"
+    if not found["options"]:
+        raise PackError(f"{out}: its index was rebuilt, and with what options it was packed is not known; {advice}")
+    other = [
+        f"{key} is {found['options'].get(key)} there and {value} here"
+        for key, value in wanted["options"].items()
+        if found["options"].get(key) != value
+    ]
+    if other:
+        raise PackError(f"{out}: holds shards of other options ({', '.join(other)}); {advice}")
+    if found["source"] != wanted["source"]:
+        raise PackError(f"{out}: holds shards of another dataset, or of more or fewer of its sequences; {advice}")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return read_dataset(path.read_bytes()) if path.name == DATASET_FILE else json.loads(path.read_bytes())
+    except ValueError as error:
+        raise PackError(f"{path}: damaged: {error}") from error
+
+
+def is_whole(out: Path) -> bool:
+    try:
+        shards.open(out)
+    except ValueError:
+        return False
+    return True
+
+
+def is_done(out: Path, name: str) -> bool:
+    """A shard is done when its record is there (it is written last), and its tar and rows as it says."""
+    if not record_file(out, name).is_file():
+        return False
+    index, tar = json.loads(record_file(out, name).read_bytes())["index"], out / f"{name}.tar"
+    if index is None:
+        return True
+    return tar.is_file() and tar.stat().st_size == index["size"] and (out / WORK_FOLDER / f"{name}.npy").is_file()
+
+
+def read_report(out: Path) -> dict[str, ShardReport] | None:
+    """Shard -> what there is to report of it, for shards of which there is. None if the report is gone or damaged."""
+    try:
+        report = json.loads((out / REPORT_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    parts = report.values() if isinstance(report, dict) else [None]
+    if not all(isinstance(part, dict) and {"bad", "short"} <= set(part) <= set(NOTHING_TO_REPORT) for part in parts):
+        return None
+    return {name: NOTHING_TO_REPORT | part for name, part in report.items()}  # older ones know nothing of doubts

@@ -1,0 +1,75 @@
+"""Geometry of stored frames: points of depths, and whether the depths of two views agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def unproject(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """Points of the world [3, H * W] at each pixel's depth [H, W]."""
+    height, width = depth.shape
+    v, u = np.mgrid[:height, :width].reshape(2, -1).astype(np.float64)
+    x, y = (u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1]
+    points = np.stack([x, y, np.ones_like(x)]) * depth.reshape(-1)
+    return extrinsics[:, :3].T @ (points - extrinsics[:, 3:])
+
+
+def project(points: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [2, N] and depths [N] at which a camera sees points of the world [3, N]; NaN behind it."""
+    rays = extrinsics[:, :3] @ points + extrinsics[:, 3:]
+    z = np.where(rays[2] > 0, rays[2], np.nan)
+    return rays[:2] / z * np.diag(intrinsics)[:2, None] + intrinsics[:2, 2:], z
+
+
+def scale_intrinsics(intrinsics: np.ndarray, scale_x: float, scale_y: float) -> np.ndarray:
+    """Intrinsics [3, 3] of an image resized by these factors about its top-left *edge*."""
+    scaled = intrinsics.copy()
+    scaled[0] *= scale_x
+    scaled[1] *= scale_y
+    scaled[0, 2] = (intrinsics[0, 2] + 0.5) * scale_x - 0.5
+    scaled[1, 2] = (intrinsics[1, 2] + 0.5) * scale_y - 0.5
+    return scaled
+
+
+def nearest(coordinates: np.ndarray, size: int) -> np.ndarray:
+    """The pixel of 0 .. size - 1 nearest to each coordinate [n], without bias.
+
+    Halfway between two pixels the lower and the upper one are taken in turn: always taking one of them would shift
+    a depth map that is halved by a quarter of a pixel.
+    """
+    tie = np.isclose(coordinates - np.floor(coordinates), 0.5, rtol=0, atol=1e-6)
+    alternate = np.floor(coordinates).astype(np.intp) + np.arange(len(coordinates)) % 2
+    picked = np.where(tie, alternate, np.rint(coordinates).astype(np.intp))
+    return np.clip(picked, 0, size - 1)
+
+
+AGREEMENT = 0.02  # of the depth: how far two views may differ on a point that both see
+
+
+@dataclass(frozen=True)
+class DepthView:
+    """depth [H, W] along z, 0 where unknown; extrinsics [3, 4] camera-from-world; intrinsics [3, 3] in its pixels."""
+
+    depth: np.ndarray
+    extrinsics: np.ndarray
+    intrinsics: np.ndarray
+
+    def points(self) -> np.ndarray:
+        """Points of the world [3, H * W], NaN where the depth is unknown."""
+        return unproject(np.where(self.depth > 0, self.depth, np.nan), self.extrinsics, self.intrinsics)
+
+
+def agreement(a: DepthView, b: DepthView) -> tuple[int, int]:
+    """How many points of a fall where b knows a depth, and at how many of them the two depths agree."""
+    pixels, z = project(a.points(), b.extrinsics, b.intrinsics)
+    inside = (
+        np.isfinite(z)
+        & (pixels > -0.5).all(axis=0)
+        & (pixels < np.array(b.depth.shape[::-1])[:, None] - 0.5).all(axis=0)
+    )
+    columns, rows = np.rint(pixels[:, inside]).astype(int)
+    known = b.depth[rows, columns]
+    ratio = known[known > 0] / z[inside][known > 0]
+    return len(ratio), int((np.abs(ratio - 1) < AGREEMENT).sum())
