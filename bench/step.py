@@ -167,7 +167,9 @@ def wait() -> None:
         config = demo(f"max_steps={steps}")
         plan = plan_of(config, split)
         pin(cores[1])  # the loader's worker is started from here
-        batches = stream(lambda last: TrainingSteps(split, plan, 0, last or plan.start(), NEVER), 1, False)
+        batches = stream(
+            lambda last: TrainingSteps(split, plan, 0, last or plan.start(), NEVER), range(NEVER), 1, False
+        )
         for _ in range(3):
             next(batches)
         alone = statistics.median(seconds(lambda: next(batches)) for _ in range(60))

@@ -17,13 +17,14 @@ Part = tuple[ShardSet, str]  # a split of a set
 class SharedPlaces:
     """Of the `tested` sequences: how many are trained on, and how many bear the name of one of another capture.
 
-    frames: how many of their pictures are trained on, under whatever name.
+    frames: how many of their pictures are trained on, under whatever name; unknown: why there may be more of all that.
     """
 
     tested: int
     sequences: int
     namesakes: int
     frames: int
+    unknown: tuple[str, ...] = ()
 
     def check(self, how_to_allow: str) -> None:
         """Raises ValueError if pictures are shared: a test on them says nothing."""
@@ -40,6 +41,10 @@ class SharedPlaces:
     @property
     def words(self) -> str:
         """What the tested sequences are, to be put behind their number."""
+        return "; ".join((self._known, *self.unknown))
+
+    @property
+    def _known(self) -> str:
         if self.frames:
             return f"{self.frames} of whose frames are trained on"
         kinds = (
@@ -49,7 +54,9 @@ class SharedPlaces:
         found = [(number, kind) for number, kind in kinds if number]
         if [number for number, _ in found] == [self.tested]:
             return found[0][1]
-        return " and ".join(f"{number} of which are {kind}" for number, kind in found) or "never trained on"
+        return " and ".join(f"{number} of which are {kind}" for number, kind in found) or (
+            "not trained on by this run" if self.unknown else "never trained on"
+        )
 
 
 def shared_places(
@@ -80,7 +87,8 @@ def shared_places(
                 for other, match in same:
                     seen |= np.isin(_names(shard_set, row), _names(other, match))
                 counts += (1, bool(same), bool(others) and not same, seen.sum())
-    return SharedPlaces(*map(int, counts))
+    tested_sequences, sequences, namesakes_only, frames = map(int, counts)
+    return SharedPlaces(tested_sequences, sequences, namesakes_only, frames)
 
 
 def _in_split(shard_set: ShardSet, split: str) -> np.ndarray:

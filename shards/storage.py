@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fsspec.asyn import sync
+from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from fsspec.exceptions import FSTimeoutError
 from fsspec.utils import get_protocol
@@ -26,6 +27,7 @@ OUTAGE_PAUSE, OUTAGE_PATIENCE = 30, 600  # seconds, after those and in all, whil
 REFUSED = (401, 403, 404)  # statuses of HTTP for which waiting is no use
 HTTP_PATIENCE = 30  # seconds of silence
 PATIENCE = OUTAGE_PATIENCE / 6  # seconds for some MB: a server may also trickle
+MIN_RATE = 10_000  # bytes a second, of a transfer that lasts longer
 
 Result = TypeVar("Result")
 
@@ -152,11 +154,26 @@ class RemoteStorage:
     def local_copy(self, name: str) -> Iterator[Path]:
         fs, root = _filesystem(self.url)
         with TemporaryDirectory() as folder:
-            _tried(f"{self.url}/{name}", lambda: fs.get_file(f"{root}/{name}", f"{folder}/{name}"))
+            path, copy = f"{root}/{name}", f"{folder}/{name}"
+            _tried(f"{self.url}/{name}", lambda: fs.get_file(path, copy, callback=_Steady()))
             try:
                 yield Path(folder) / name
             finally:
                 _forget(Path(folder))  # an open file would keep the disk full
+
+
+class _Steady(Callback):
+    """Ends a transfer that trickles: a large file may take long, but must come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = time.monotonic()
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        took = time.monotonic() - self.began
+        if took > PATIENCE and self.value < MIN_RATE * took:
+            raise TimeoutError(f"only {self.value} bytes came in {took:.0f} s")
 
 
 def _tried(where: str, call: Callable[[], Result]) -> Result:
@@ -184,10 +201,11 @@ def _within(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
     """What a method of a file system gives, in PATIENCE. Raises TimeoutError after that."""
     if not fs.async_impl:  # a local or mounted one
         return getattr(fs, method)(*arguments, **options)
+    began = time.monotonic()
     try:
         return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=PATIENCE, **options)
-    except FSTimeoutError as error:
-        raise TimeoutError(f"not there after {PATIENCE:g} s") from error
+    except FSTimeoutError as error:  # this limit, or that of silence
+        raise TimeoutError(f"not there after {time.monotonic() - began:.0f} s") from error
 
 
 def _is_final(answer: bytes | Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 from uuid import uuid4
 
+TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")  # the names of files that atomic_file is writing
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,6 +34,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill has left of files that were being written, and nothing else."""
+    for path in folder.glob("*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink()
 
 
 def cannot_write(path: Path, error: OSError) -> OSError:

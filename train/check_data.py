@@ -80,7 +80,10 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
     first, waited, images, size = None, 0.0, 0, 0
     damaged: Counter[str] = Counter()
     began = time.perf_counter()
-    for batch in stream(lambda last: TrainingSteps(split, plan, 0, last or plan.start(), steps), workers, False):
+    batches = stream(
+        lambda last: TrainingSteps(split, plan, 0, last or plan.start(), steps), range(steps), workers, False
+    )
+    for batch in batches:
         if first is None:
             first, waited = batch, time.perf_counter() - began
             began = time.perf_counter()  # of the others

@@ -29,8 +29,8 @@ from shards.writer import atomic_file
 from train.config import user_path
 from train.data.split import Split
 from train.data.workers import worker_count
-from train.engine.lineage import saved_config, trained_before
-from train.engine.settings import CONFIG_FILE, data_config
+from train.engine.lineage import trained_before, trained_width
+from train.engine.settings import CONFIG_FILE
 from train.evaluation.baselines import mean_relative_pose
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.metrics import METRICS
@@ -93,13 +93,14 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         raise ValueError(f"--workers: expected at least 0, found {arguments.workers}")
     shard_sets = [shards.open(place) for place in arguments.shards]
     model = load_model(labels[0])
+    widths = {label: width for label in labels if (width := trained_width(label)) is not None}
     protocol = Protocol(
         split=arguments.split,
         min_frames=arguments.min_frames,
         views=arguments.views,
         fast=arguments.protocol.endswith("fast"),
         seed=arguments.seed,
-        width=(trained_width(labels) or model.config.image_size) if arguments.width is None else arguments.width,
+        width=next(iter(widths.values()), model.config.image_size) if arguments.width is None else arguments.width,
     )
     evaluator = Evaluator(
         split=Split(shard_sets, protocol.split),
@@ -128,6 +129,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         row["heads"] = heads[label]
     results |= {"shards": {str(shard_set): shard_set.digest for shard_set in shard_sets}}
     results |= {"precision": evaluator.precision, "trained_on": known}
+    results["trained_at_other_width"] = {label: width for label, width in widths.items() if width != protocol.width}
     results["damaged"] = describe_damage([damaged]) if damaged else ""
     gallery = evaluator.gallery(model, checkpoints[-1])
     publish(results, gallery, labels[-1], arguments.out)
@@ -170,12 +172,6 @@ def what_is_known(labels: list[str], evaluator: Evaluator, split: str, allow_sha
     if not allow_shared_frames:
         shared.check("--allow-shared-frames")
     return "; ".join([shared.words] * shared.any + unknown)
-
-
-def trained_width(sources: list[str]) -> int | None:
-    """The width of the images that the first of these checkpoints that the trainer wrote was trained on; None: none."""
-    configs = ((saved_config(source), source) for source in sources)
-    return next((data_config(config["data"], source).width for config, source in configs if config), None)
 
 
 def run_of(source: str) -> Path | None:

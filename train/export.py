@@ -24,7 +24,16 @@ from train.engine.optim import freeze
 from train.engine.settings import CONFIG_FILE
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
-from vggt.weights import FILE_SUFFIXES, WEIGHT_FILES, damage, heads_in, read_checkpoint, write_file, write_folder
+from vggt.weights import (
+    FILE_SUFFIXES,
+    WEIGHT_FILES,
+    damage,
+    fingerprint,
+    heads_in,
+    read_checkpoint,
+    write_file,
+    write_folder,
+)
 
 
 def main() -> None:
@@ -60,7 +69,9 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
     saved = load(checkpoint)
     missing = {"model", "model_config", "config"} - set(saved)
     if missing:
-        raise ValueError(f"{checkpoint}: no checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
+        raise ValueError(f"{checkpoint}: not a checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
+    if init is not None and saved["config"]["init"] is None:
+        raise ValueError(f"--init: {checkpoint} is of a run from scratch, which started from nothing")
     config, init = saved["model_config"], init or saved["config"]["init"]
     if out.suffix and out.suffix not in FILE_SUFFIXES and not out.is_dir():
         raise ValueError(
@@ -86,6 +97,8 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         # Held in bf16, they are rounded.
         if name not in trained and not (name in base and torch.equal(base[name].to(value.dtype), value)):
             raise ValueError(f"{init}: {name} is frozen, but has other values: {checkpoint} did not start from it")
+    if saved.get("init_fingerprint") not in (None, fingerprint(base)):
+        raise ValueError(f"{init}: is not the checkpoint that {checkpoint} started from; give that one as --init")
     state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
     return state, config | {"heads": list(heads_in(base))}, len(trained)
 

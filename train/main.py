@@ -12,6 +12,7 @@ import argparse
 import logging
 import signal
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from train.engine.folder import (
     keep_former_choices,
     load_run,
     locked_folder,
+    real_name,
     with_init_of,
 )
 from train.engine.lineage import what_is_validated
@@ -48,7 +50,7 @@ from train.runtime.stop import STOP_SIGNALS, StopRequest
 from vggt import VGGT, preset
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
-from vggt.weights import load_weights
+from vggt.weights import fingerprint, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +92,13 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     newest = world.from_main(lambda: find_start(config, out_dir, repair=not dry))
     saved = None if newest is None else load_run(newest)
     changes: list[str] = []
-    if saved is not None:
+    if saved is None:
+        config = replace(config, init=config.init and real_name(config.init))
+        init_fingerprint = world.from_main(lambda: config.init and fingerprint(read_checkpoint(config.init)[0]))
+    else:
         check_resumable(saved, config, shard_sets)
         config = with_init_of(config, saved["config"].get("init"))
+        init_fingerprint = saved.get("init_fingerprint")
         changes = recipe_changes(shard_sets, config.data.sources, saved)
         if world.is_main and not dry:
             keep_former_choices(out_dir, saved["config"], config)
@@ -152,6 +158,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         optimizer=optimizer,
         plan=plan,
         streams=before | streams,
+        init_fingerprint=init_fingerprint,
         train_split=train_split,
         validator=val_split
         and Validator(

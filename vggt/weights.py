@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import zipfile
@@ -62,6 +63,15 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     if not is_state or not isinstance(config, dict):
         raise ValueError(f"{path}: expected names and tensors, or {{'model': names and tensors}}")
     return state, config
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """What tells a checkpoint from others, wherever it lies and in whatever file: names, types, shapes and CRCs."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        crc = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {value.dtype} {list(value.shape)} {crc}\n".encode())
+    return digest.hexdigest()
 
 
 def damage(path: Path) -> str | None:
@@ -182,6 +192,8 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str,
     """
     if folder.suffix in FILE_SUFFIXES or folder.is_file():
         raise ValueError(f"{folder}: expected the name of a folder, which gets {WEIGHT_FILES[0]} and {CONFIG_FILE}")
+    if (folder / CONFIG_FILE).exists() and not any((folder / name).exists() for name in WEIGHT_FILES):
+        raise ValueError(f"{folder / CONFIG_FILE}: is there, without weights beside it, so not a model's; give another")
     write_file(folder / WEIGHT_FILES[0], state)
     with whole_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")

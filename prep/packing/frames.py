@@ -166,6 +166,8 @@ def _stored_depth(
 
 def _read(path: Path, what: str) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # nothing comes out of a pipe
+            raise BadFrameError(f"{what} is not a file")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadFrameError(f"{what} is missing") from error

@@ -20,7 +20,7 @@ from prep.packing.work import JOB_FILE, check_place, finish, is_done, is_whole, 
 from shards.index import sha256
 from shards.locks import locked
 from shards.schema import WORK_FOLDER
-from shards.writer import write_json
+from shards.writer import remove_leftovers, write_json
 
 PATIENCE = 90  # seconds
 
@@ -83,7 +83,8 @@ def pack(
     work.mkdir(parents=True, exist_ok=True)
     with locked(work, f"{out}: another pack is at work there"):
         has_job = (work / JOB_FILE).exists()  # without, all that is there was left by a kill in _clear
-        for leftover in [*out.glob("*.tmp"), *work.glob("*.tmp" if has_job else "*.*")]:
+        remove_leftovers(out)
+        for leftover in work.glob("*.tmp" if has_job else "*.*"):
             leftover.unlink()
         write_json(work / JOB_FILE, job)
         most_bad = max_bad * total

@@ -13,7 +13,7 @@ from prep.packing.plan import PackError, ShardJob
 from shards.build_index import TarIndex, write_index
 from shards.index import read_dataset
 from shards.schema import DATASET_FILE, REPORT_FILE, WORK_FOLDER
-from shards.writer import write_json
+from shards.writer import remove_leftovers, write_json
 
 ShardReport = dict[str, list[Any]]  # bad, short and doubtful, as in PackResult
 NOTHING_TO_REPORT: ShardReport = {"bad": [], "short": [], "doubtful": []}
@@ -89,8 +89,7 @@ def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) ->
             f"no sequence has {job['options']['min_frames']} usable frames; see {out / REPORT_FILE} and --min-frames"
         )
     write_index(out, tars, source=job["source"], options=job["options"])
-    for leftover in out.glob("*.tmp"):  # of a worker that was lost, and whose shard another one made
-        leftover.unlink()
+    remove_leftovers(out)  # of a worker that was lost, and whose shard another one made
     _clear(work)
 
 

@@ -17,8 +17,7 @@ import shards
 from shards.splits import shared_places
 from train.config import load_config
 from train.data.split import Split
-from train.engine.lineage import trained_before, what_is_validated
-from train.evaluate import trained_width
+from train.engine.lineage import trained_before, trained_width, what_is_validated
 
 OPTIONS = ("--short-side", 80)
 
@@ -153,7 +152,7 @@ def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, tmp_p
     parts, unknown = trained_before(str(latest))
     assert [(str(shard_set), split) for shard_set, split in parts] == [(str(known_places), "train")]
     assert unknown == []
-    assert trained_width(["facebook/VGGT-1B", str(latest)]) == 56
+    assert (trained_width(str(latest)), trained_width("facebook/VGGT-1B")) == (56, None)
     options = ("--shards", tmp_path / "test", "--checkpoint", latest, "--out", tmp_path / "eval")
     small = ("--min-frames", 8, "--views", 3, "--width", 56)
     evaluated = run_command("python", "-m", "train.evaluate", *options, *small, OMP_NUM_THREADS="1")
@@ -245,10 +244,24 @@ def test_what_init_began_from_counts_as_trained_on(shard_dir, tmp_path):
     splits = [Split([shards.open(shard_dir)], split) for split in ("train", "test")]
     with pytest.raises(ValueError, match="frames to test on are the same as frames to train on"):
         what_is_validated(config, *splits)
+    assert trained_before(None) == ([], [])
+
+
+def test_what_is_not_known_of_a_checkpoint_is_said(shard_dir, tmp_path):
+    """Of one that does not say or is gone, and where another set took the place of the one trained on."""
     (tmp_path / "other.pt").write_bytes(b"no checkpoint")
-    assert (
-        trained_before(str(tmp_path / "other.pt"))
-        == trained_before("facebook/VGGT-1B")
-        == trained_before(None)
-        == ([], [])
-    )
+    config = {"data": {"shards": str(shard_dir)}, "init": str(tmp_path / "gone.pt")}
+    torch.save({"config": config, "shards": ["0" * 64]}, tmp_path / "moved.pt")
+    for source, words in (
+        (tmp_path / "other.pt", ["does not say"]),
+        ("facebook/VGGT-1B", ["does not say"]),
+        (tmp_path / "moved.pt", ["another shard set is there now", "gone.pt was trained on is not known"]),
+    ):
+        parts, unknown = trained_before(str(source))
+        assert parts == []
+        assert len(unknown) == len(words)
+        assert all(word in line for word, line in zip(words, unknown, strict=True))
+    config = load_config(None, [f"init={tmp_path / 'other.pt'}", f"data.shards={shard_dir}"])
+    splits = [Split([shards.open(shard_dir)], split) for split in ("train", "test")]
+    words = what_is_validated(config, *splits).words
+    assert words.startswith("not trained on by this run; what ")

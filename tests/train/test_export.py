@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_command
 from golden_figures import golden_weights, load_json
-from runs import SMALL
+from runs import SCRATCH, SMALL, run_trainer
 
 from vggt import VGGT, preset
 from vggt.weights import read_checkpoint
@@ -107,7 +107,7 @@ def test_export_does_not_overwrite_what_it_reads(run):
 def test_export_refuses_what_is_no_checkpoint_of_the_trainer(run, tmp_path):
     done = run_command("python", "-m", "train.export", run / "init.pt", "--out", tmp_path / "out.pt")
     assert done.returncode == 1
-    assert "init.pt: no checkpoint of the trainer, it has no config, model_config" in done.stderr
+    assert "init.pt: not a checkpoint of the trainer, it has no config, model_config" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["x.foo", "x.PT", "model.safetensor"])
@@ -138,3 +138,40 @@ def test_a_damaged_checkpoint_is_not_exported_as_a_whole_one(run, tmp_path):
     assert done.returncode == 1
     assert "flipped.pt: damaged" in done.stderr
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_export_knows_the_checkpoint_that_a_run_started_from_though_nothing_was_frozen(
+    run, published, shard_dir, tmp_path
+):
+    """Not the link it was read through: that names another one later."""
+    torch.save({"model": published}, tmp_path / "first.pt")
+    (tmp_path / "latest").symlink_to("first.pt")
+    settings = [*SMALL, *SCRATCH, f"init={tmp_path}/latest", "max_steps=1"]
+    done = run_command(
+        "python", "train/main.py", f"data.shards={shard_dir}", f"out_dir={tmp_path}/run", *settings, OMP_NUM_THREADS="1"
+    )
+    assert done.returncode == 0, done.stderr
+    torch.save({"model": {name: value + 1 for name, value in published.items()}}, tmp_path / "second.pt")
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("second.pt")
+    assert export(tmp_path, tmp_path / "out.pt").returncode == 0
+    state, _ = read_checkpoint(tmp_path / "out.pt")
+    assert torch.equal(state["track_head.tracker.fmap_norm.weight"], published["track_head.tracker.fmap_norm.weight"])
+    other = export(tmp_path, tmp_path / "other.pt", "--init", tmp_path / "second.pt")
+    assert other.returncode == 1
+    assert "second.pt: is not the checkpoint that" in other.stderr
+
+
+def test_export_of_a_run_from_scratch_takes_no_init(run, shard_dir, tmp_path):
+    assert run_trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=1").returncode == 0
+    done = export(tmp_path, tmp_path / "out.pt", "--init", run / "init.pt")
+    assert done.returncode == 1
+    assert "is of a run from scratch, which started from nothing" in done.stderr
+
+
+def test_a_config_json_that_is_not_a_models_is_not_overwritten(run, tmp_path):
+    (tmp_path / "config.json").write_text("of a project")
+    done = export(run, tmp_path)
+    assert done.returncode == 1
+    assert "config.json: is there, without weights beside it" in done.stderr
+    assert (tmp_path / "config.json").read_text() == "of a project"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.index import DamagedIndexError
@@ -14,6 +17,9 @@ from shards.storage import StorageError
 from train.data.plan import DataState, Step, TrainingPlan
 from train.data.scenes import load_step
 from train.data.split import Split, read_step
+
+SHARED_MEMORY = "/dev/shm"  # where worker processes leave batches for the trainer
+SHARED_MEMORY_PATIENCE = 60  # seconds
 
 
 class TrainingSteps(IterableDataset):
@@ -74,5 +80,28 @@ def _load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]
         while step is not None and members is not None:
             following = next(steps, None)
             ahead = following and reader.submit(read_step, split, following)
-            yield load_step(split, step, members.result())
+            batch = load_step(split, step, members.result())
+            wait_for_shared_memory(sum(value.nbytes for value in batch.values() if isinstance(value, Tensor)))
+            yield batch
             step, members = following, ahead
+
+
+def wait_for_shared_memory(size: int) -> None:
+    """Until a batch of that many bytes fits where workers hand it over. Raises StorageError if it never does.
+
+    Torch would lose the batch, and the trainer wait forever for it.
+    """
+    began = time.monotonic()
+    while (free := _free_shared_memory()) <= size and time.monotonic() - began < SHARED_MEMORY_PATIENCE:
+        time.sleep(0.5)  # the trainer frees that of a batch when it has used it
+    if free > size:
+        return
+    raise StorageError(
+        f"{SHARED_MEMORY}: {free / 1e6:.1f} MB are free, and a batch takes {size / 1e6:.1f} MB; make it larger (docker "
+        "run --shm-size=8g), or lower data.workers (0 needs none of it) or max_img_per_gpu"
+    )
+
+
+def _free_shared_memory() -> int:
+    usage = os.statvfs(SHARED_MEMORY)
+    return usage.f_bavail * usage.f_frsize

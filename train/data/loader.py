@@ -16,6 +16,7 @@ from train.runtime.stop import Interrupted, StopRequest
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # of workers, without a batch in between
+LOST = "the batch of step {step} was lost on its way out of its worker process: see above, or try data.workers=0"
 
 
 class NoDataError(ValueError):
@@ -34,14 +35,15 @@ def next_batch(batches: Iterator[dict[str, Any]], stop: StopRequest) -> dict[str
 
 
 def stream(
-    make: Callable[[DataState | None], IterableDataset], workers: int, pin_memory: bool
+    make: Callable[[DataState | None], IterableDataset], steps: range, workers: int, pin_memory: bool
 ) -> Iterator[dict[str, Any]]:
-    """The batches of make(None), across the death of worker processes: then make(state of the last batch) goes on.
+    """The batches of make(None), across the death of worker processes: then make(state of the last batch) continues.
 
-    Raises NoDataError if data cannot be had, or workers die again and again.
+    steps: what the batches are of. Raises NoDataError if one of them does not come, data cannot be had, or workers die
+    again and again.
     """
     state: DataState | None = None
-    deaths = 0
+    expected, deaths = steps.start, 0
     while True:
         loader = None
         try:
@@ -49,13 +51,19 @@ def stream(
             for batch in loader:
                 if "error" in batch:
                     raise NoDataError(batch["error"])
-                state, deaths = batch["after"], 0
+                state, deaths, expected = batch["after"], 0, expected + 1
+                if batch["after"].step != expected:
+                    raise NoDataError(LOST.format(step=expected))
                 yield batch
+            if expected < steps.stop:
+                raise NoDataError(LOST.format(step=expected + 1))
             return
         except Interrupted:
             kill_workers()  # while the loader is held: when it goes, it waits 5 seconds for each
             raise
         except (RuntimeError, OSError, EOFError) as error:
+            if "timed out" in str(error) and workers:
+                raise NoDataError(LOST.format(step=expected + 1)) from error
             if not workers or not _is_death(error):
                 raise
             deaths += 1
@@ -63,7 +71,7 @@ def stream(
                 raise NoDataError(
                     f"data.workers={workers}: they die again and again; is memory short? {error}"
                 ) from error
-            log.warning("%s; new workers go on from the last batch in %d s", error, 2**deaths)
+            log.warning("%s; new workers continue from the last batch in %d s", error, 2**deaths)
         del loader
         time.sleep(2**deaths)
 

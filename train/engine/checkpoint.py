@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest", "best"
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.pt")
+LEFTOVER = re.compile(r"(step-\d{8,}|keep-\d{8,}|latest|best)\.tmp")
 DAMAGED = ".damaged"
 DAMAGED_NAME = re.compile(CHECKPOINT_NAME.pattern + re.escape(DAMAGED))
 
@@ -151,7 +152,8 @@ def find_newest(folder: Path, *, repair: bool = True) -> Path | None:
     files are renamed, what a kill has left is removed, and `latest` points at the newest.
     """
     for leftover in folder.glob("*.tmp") if repair else ():
-        leftover.unlink()
+        if LEFTOVER.fullmatch(leftover.name):  # and not somebody's own
+            leftover.unlink()
     _restore_links(folder, repair=repair)
     for step in reversed(steps_saved(folder)):
         path = step_file(folder, step)

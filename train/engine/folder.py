@@ -13,6 +13,7 @@ from typing import Any
 from shards import ShardSet
 from shards.locks import locked
 from train.engine.checkpoint import BEST, best_saved, find_newest, keep, load, step_file, steps_saved
+from train.engine.recipe import saved_streams
 from train.engine.settings import TrainConfig, read_config, to_dict
 from train.evaluation.history import ValidationHistory, compared_plan
 from train.report.logger import METRICS_FILE
@@ -86,7 +87,7 @@ def load_run(path: Path) -> dict[str, Any]:
 
 def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: Sequence[ShardSet]) -> None:
     """Raises ValueError if the run in out_dir was another one: other settings, or none of the data."""
-    if not {shard_set.digest for shard_set in shard_sets} & set(saved["shards"]):
+    if not {shard_set.digest for shard_set in shard_sets} & saved_streams(saved).keys():
         raise ValueError(
             f"{config.out_dir}: was trained on other shards than {config.data.shards}; {_elsewhere(config)}"
         )
@@ -103,18 +104,25 @@ def check_same_settings(settings: dict[str, Any], config: TrainConfig) -> None:
         raise ValueError(f"{config.out_dir}: was trained with {was}, now it is {what}; {_elsewhere(config)}")
 
 
+def real_name(init: str) -> str:
+    """What `init` is for good: a link such as checkpoints/latest will name another checkpoint later."""
+    path = Path(init).expanduser()
+    return str(path.resolve()) if path.is_symlink() else init
+
+
 def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:
     """A run's configuration with the `init` that it began from, over which export lays its weights.
 
     Its place may have changed. Raises ValueError if it began from nothing, and is now given one.
     """
-    if config.init is not None and before is None:
-        raise ValueError(f"{config.out_dir}: began without init, now it is {config.init}; {_elsewhere(config)}")
-    if config.init not in (None, before):
-        log.warning(
-            "init: was %s, and is now %s; it must be the same checkpoint, in another place", before, config.init
-        )
-    return replace(config, init=config.init or before)
+    now = config.init and real_name(config.init)
+    if now is not None and before is None:
+        raise ValueError(f"{config.out_dir}: began without init, now it is {now}; {_elsewhere(config)}")
+    if now is None or before is None or Path(before).expanduser().exists():
+        return replace(config, init=before)
+    if now != before:
+        log.warning("init: was %s, and is now %s; it must be the same checkpoint, in another place", before, now)
+    return replace(config, init=now)
 
 
 def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +14,52 @@ from train.data.split import Split
 from train.engine.checkpoint import load
 from train.engine.settings import TrainConfig, data_config
 
-log = logging.getLogger(__name__)
 
-
-def saved_config(source: str) -> dict[str, Any] | None:
-    """The configuration of the run that wrote a checkpoint; None for anything but a file of the trainer."""
+def saved_run(source: str) -> dict[str, Any] | None:
+    """What a checkpoint says of the run that wrote it; None for anything but a file of the trainer."""
     path = Path(source).expanduser()
     try:
-        config = load(path).get("config") if path.is_file() else None
+        saved = load(path) if path.is_file() else {}
+        config = saved.get("config")
     except (ValueError, AttributeError):  # a file of another kind
         return None
-    return config if isinstance(config, dict) and isinstance(config.get("data"), dict) else None
+    return saved if isinstance(config, dict) and isinstance(config.get("data"), dict) else None
+
+
+def trained_width(source: str) -> int | None:
+    """The width of the images that a checkpoint of the trainer was trained on; None: it is none."""
+    saved = saved_run(source)
+    return None if saved is None else data_config(saved["config"]["data"], source).width
 
 
 def trained_before(source: str | None) -> tuple[list[Part], list[str]]:
-    """The splits that a checkpoint was trained on, those of its `init` included, and what of them cannot be opened.
+    """The splits that a checkpoint was trained on, those of its `init` included, and what of that is not known.
 
-    Empty for None, and for what says nothing of that.
+    Nothing of either for None, which is random.
     """
     parts: list[Part] = []
     unknown: list[str] = []
     seen: set[str] = set()
-    while source is not None and source not in seen and (config := saved_config(source)) is not None:
+    while source is not None and source not in seen:
         seen.add(source)
         try:
-            data = data_config(config["data"], source)
-        except ValueError as error:  # of another version
+            saved = saved_run(source)
+            if saved is None:
+                raise ValueError("it does not say")
+            data = data_config(saved["config"]["data"], source)
+        except ValueError as error:
             unknown.append(f"what {source} was trained on is not known: {error}")
             break
-        for place in data.sources:
+        digests = saved.get("shards", ())
+        for place, digest in zip_longest(data.sources, digests[: len(data.sources)]):
             try:
-                parts.append((shards.open(place.path), data.train_split))
+                opened = shards.open(place.path)
+                if digest not in (None, opened.digest):
+                    raise ValueError("another shard set is there now")
+                parts.append((opened, data.train_split))
             except (ValueError, OSError) as error:
                 unknown.append(f"{source} was trained on {place.path}, which cannot be compared with: {error}")
-        source = config.get("init")
+        source = saved["config"].get("init")
     return parts, unknown
 
 
@@ -60,11 +73,9 @@ def what_is_validated(config: TrainConfig, train: Split, val: Split | None) -> S
     steps, _ = validation_plan(config.data, val.lengths, rank=0, world_size=1)
     trained = [(shard_set, config.data.train_split) for shard_set in train.shard_sets]
     before, unknown = trained_before(config.init)
-    for problem in unknown:
-        log.warning("%s", problem)
     tested = [(shard_set, config.data.val_split) for shard_set in val.shard_sets]
     only = {(scene.source, scene.sequence) for step in steps for scene in step.scenes}
-    found = shared_places(trained + before, tested, only)
+    shared = shared_places(trained + before, tested, only)
     if not config.data.allow_shared_frames:
-        found.check("data.allow_shared_frames=true")
-    return found
+        shared.check("data.allow_shared_frames=true")
+    return replace(shared, unknown=tuple(unknown))

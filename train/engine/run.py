@@ -45,6 +45,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     plan: TrainingPlan
     streams: Streams
+    init_fingerprint: str | None
     train_split: Split
     validator: Validator | None
     workers: int
@@ -60,6 +61,7 @@ class Run:
         config, world, reporter, total = self.config, self.world, self.reporter, self.config.total_steps
         batches = stream(
             lambda last: TrainingSteps(self.train_split, self.plan, world.rank, last or state, total),
+            range(state.step, total),
             self.workers,
             pin_memory=world.device.type == "cuda",
         )
@@ -196,6 +198,7 @@ class Run:
                     "optimizer": moments,
                     "data": {"step": state.step, "streams": streams_at(state, shard_sets, self.streams)},
                     "config": to_dict(self.config),
+                    "init_fingerprint": self.init_fingerprint,
                     "shards": [shard_set.digest for shard_set in shard_sets],
                 }
                 save(folder, state.step, content, self.config.checkpoint)

@@ -40,6 +40,7 @@ def predict(
     steps = [replace(step, after=DataState(number + 1, ())) for number, step in enumerate(steps)]
     batches = stream(
         lambda last: ValidationSteps(split, steps[last.step if last else 0 :]),
+        range(len(steps)),
         workers,
         pin_memory=world.device.type == "cuda",
     )

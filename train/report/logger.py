@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shards.writer import cannot_write, set_aside
 from train.evaluation.history import VALIDATION_FILE
+from train.report.pictures import SHEET_FILE
 from train.runtime.jsonl import append_line, drop_after, finite_or_none
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,10 +44,10 @@ class Reporter:
         logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
         if not is_main:
             return
-        for name in (METRICS_FILE, VALIDATION_FILE):
-            if resumed:
-                drop_after(out_dir / name, first_step)
-            elif set_aside(out_dir / name):
+        for name in (METRICS_FILE, VALIDATION_FILE) if resumed else ():
+            drop_after(out_dir / name, first_step)
+        for name in (METRICS_FILE, VALIDATION_FILE, SHEET_FILE) if not resumed else ():
+            if set_aside(out_dir / name):
                 self.say(f"{out_dir / name}: what was there is kept beside it, under a number")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # protobuf's, on import

@@ -110,6 +110,8 @@ def remarks(results: dict[str, Any]) -> list[str]:
             f"{total} sequences evaluated, {results['trained_on']}: this does not tell how well the model does in new "
             "places."
         )
+    for label, width in results["trained_at_other_width"].items():
+        lines.append(f"{label}: was trained at {width} pixels, and is evaluated at {results['protocol']['width']}.")
     if results["unusable"]:
         lines.append(f"{len(results['unusable'])} sequences have no usable frame: {_few(results['unusable'])}.")
     if results["without_depth"]:

@@ -15,13 +15,14 @@ from conftest import ROOT, run_command
 from web import served
 
 import shards
+import train.data.batches
 import train.data.loader
 from shards.codecs import decode_jpeg
 from shards.schema import row_crc
 from train.config import load_config
 from train.data.batches import TrainingSteps
 from train.data.crops import crop_depth, crop_image, crop_scale
-from train.data.loader import stream
+from train.data.loader import NoDataError, stream
 from train.data.plan import DataConfig, DataState, Scene, ShardSource, Step, StepShape, TrainingPlan, validation_plan
 from train.data.scenes import _CROP, _JITTER, load_step
 from train.data.split import Split, read_step
@@ -398,7 +399,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(split, monkeypatch, cap
     plan = TrainingPlan(config=CONFIG, lengths=split.lengths, seed=1, max_img_per_gpu=8, world_size=1)
     whole = hashed(steps(split, last=30))
     before = set(loader_processes())
-    batches = stream(lambda last: TrainingSteps(split, plan, 0, last or plan.start(), 30), 2, pin_memory=False)
+    batches = stream(lambda last: TrainingSteps(split, plan, 0, last or plan.start(), 30), range(30), 2, False)
     found = [next(batches)]
     started = set(loader_processes()) - before
     assert len(started) == 2
@@ -406,7 +407,30 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(split, monkeypatch, cap
         os.kill(pid, signal.SIGKILL)
     found += list(batches)
     assert hashed(found) == whole
-    assert "new workers go on from the last batch" in caplog.text
+    assert "new workers continue from the last batch" in caplog.text
+
+
+def test_a_batch_that_is_lost_on_its_way_is_noticed(split):
+    """In the middle, and at the end, where torch just stops."""
+    plan = TrainingPlan(config=CONFIG, lengths=split.lengths, seed=1, max_img_per_gpu=8, world_size=1)
+    second = plan.after(plan.start())
+    for begin, last in ((second, 4), (plan.start(), 3)):
+        batches = stream(lambda _: TrainingSteps(split, plan, 0, begin, last), range(4), 0, False)  # noqa: B023
+        with pytest.raises(NoDataError, match=r"the batch of step \d was lost on its way out of its worker"):
+            list(batches)
+
+
+def test_a_batch_waits_for_shared_memory_and_is_refused_if_there_never_is_enough(monkeypatch):
+    free = [10, 10, 1000]
+    monkeypatch.setattr(train.data.batches, "_free_shared_memory", lambda: free.pop(0) if len(free) > 1 else free[0])
+    monkeypatch.setattr(train.data.batches.time, "sleep", lambda seconds: None)
+    train.data.batches.wait_for_shared_memory(100)
+    assert free == [1000]
+    monkeypatch.setattr(train.data.batches, "SHARED_MEMORY_PATIENCE", 0)
+    with pytest.raises(
+        shards.StorageError, match=r"/dev/shm: 0.0 MB are free, .* --shm-size=8g\), or lower data.workers"
+    ):
+        train.data.batches.wait_for_shared_memory(10**9)
 
 
 class DyingSteps(torch.utils.data.IterableDataset):
@@ -425,9 +449,9 @@ class DyingSteps(torch.utils.data.IterableDataset):
 def test_workers_that_die_again_and_again_end_the_data_and_bugs_are_not_taken_for_that(monkeypatch):
     monkeypatch.setattr(train.data.loader.time, "sleep", lambda seconds: None)
     with pytest.raises(ValueError, match=r"data.workers=1: they die again and again"):
-        list(stream(lambda last: DyingSteps("killed"), 1, pin_memory=False))
+        list(stream(lambda last: DyingSteps("killed"), range(1), 1, False))
     with pytest.raises(RuntimeError, match="a bug"):
-        list(stream(lambda last: DyingSteps("wrong"), 1, pin_memory=False))
+        list(stream(lambda last: DyingSteps("wrong"), range(1), 1, False))
 
 
 ABANDONED = """
@@ -458,7 +482,7 @@ def test_storage_that_is_gone_ends_the_data_with_its_url(shard_dir, monkeypatch,
     with served(shard_dir) as server:
         remote = Split([shards.open(server.url)], "train")
         plan = TrainingPlan(config=CONFIG, lengths=remote.lengths, seed=1, max_img_per_gpu=8, world_size=1)
-        batches = stream(lambda last: TrainingSteps(remote, plan, 0, last or plan.start(), 30), 0, pin_memory=False)
+        batches = stream(lambda last: TrainingSteps(remote, plan, 0, last or plan.start(), 30), range(30), 0, False)
         next(batches)
         server.failures = 10**6
         with pytest.raises(ValueError, match=rf"{server.url}/train-.*\.tar: not to be read in 2 tries"):
@@ -478,7 +502,9 @@ def test_open_files_and_memory_stay_flat_over_ten_thousand_scenes(split, workers
     config = DataConfig(width=56, views=(2, 2), aspect=(0.5, 0.5))
     plan = TrainingPlan(config=config, lengths=split.lengths, seed=1, max_img_per_gpu=20, world_size=1)
     before = set(loader_processes())
-    batches = stream(lambda last: TrainingSteps(split, plan, 0, last or plan.start(), 1000), workers, pin_memory=False)
+    batches = stream(
+        lambda last: TrainingSteps(split, plan, 0, last or plan.start(), 1000), range(1000), workers, False
+    )
     measured = {}
     for number, _ in enumerate(batches):
         if number % 100 == 99:

@@ -9,6 +9,7 @@ import torch
 
 from train.engine.optim import LrFactor, OptimConfig, clip_gradients, freeze, make_optimizer, set_lr
 from vggt import VGGT, preset
+from vggt.config import HEADS
 
 
 def tiny(heads=("camera", "depth")):
@@ -84,3 +85,18 @@ def test_each_module_is_clipped_by_its_own_norm():
 def module_norm(model, name):
     squares = [p.grad.double().square().sum() for p in model.get_submodule(name).parameters() if p.grad is not None]
     return float(torch.stack(squares).sum().sqrt())
+
+
+def test_every_trained_parameter_belongs_to_exactly_one_clip_group():
+    """Of any head: gradients in none would be neither clipped nor checked for NaN."""
+    model = tiny(HEADS)
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    norms = clip_gradients(model, 1e-3)
+    assert set(norms) == {"aggregator", *HEADS}
+    assert sum(float(norm) ** 2 for norm in norms.values()) == pytest.approx(
+        sum(p.numel() for p in parameters.values())
+    )
+    clipped = sum(float(p.grad.norm()) ** 2 for p in parameters.values())
+    assert clipped == pytest.approx(len(norms) * 1e-6, rel=1e-3)

@@ -334,13 +334,13 @@ def test_a_set_that_is_replaced_under_a_run_is_noticed_by_new_workers(shard_dir,
     def steps(last):
         return TrainingSteps(split, plan, 0, last or plan.start(), 3)
 
-    assert len(list(stream(steps, 1, pin_memory=False))) == 3
+    assert len(list(stream(steps, range(3), 1, False))) == 3
     shutil.rmtree(tmp_path / "set")
     source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
     packed = run_command("vggt-prep", "pack", *source, "--out", tmp_path / "set", "--short-side", 100)
     assert packed.returncode == 0, packed.stderr
     with pytest.raises(NoDataError, match=r"set: was replaced or removed while it was in use"):
-        list(stream(steps, 1, pin_memory=False))
+        list(stream(steps, range(3), 1, False))
 
 
 @pytest.mark.slow

@@ -53,3 +53,19 @@ def test_too_few_scenes_have_no_interval():
     assert (found.mean, found.low, found.high, found.sign) == (1, None, None, 0)
     with pytest.raises(ValueError, match="at least one"):
         estimate([])
+
+
+def test_a_category_is_never_lost_and_the_interval_covers_the_mean_of_unequal_ones():
+    groups = ["a"] * 3 + ["b"] * 8 + ["c"] * 20
+    means, spread = {"a": 5.0, "b": 0.0, "c": -2.0}, {"a": 0.5, "b": 1.0, "c": 2.0}
+    covered = 0
+    for _ in range(400):
+        found = estimate([RNG.normal(means[g], spread[g]) for g in groups], groups)
+        covered += found.low < 1 < found.high
+    assert 0.91 < covered / 400 < 0.99
+    constant = estimate([means[g] for g in groups], groups)  # resampled over all, it would move with the categories
+    assert (constant.low, constant.high) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_single_scenes_of_many_categories_have_no_interval():
+    assert estimate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], list("abcdef")).low is None
