@@ -1,4 +1,4 @@
-"""The packages depend on each other in one direction only."""
+"""Packages, and rooms within them, depend on each other in one direction only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,29 @@ ALLOWED = {
 }
 
 
-def imported(path: Path) -> set[str]:
+# Each may import from itself and those before it; the files at the top of a package from all, no room from them.
+ROOMS = {
+    "train": ("runtime", "data", "objective", "evaluation", "report", "engine"),
+    "prep": ("importers", "packing"),
+}
+COMMANDS = {
+    "train": {"main", "evaluate", "check_data", "export", "config"},
+    "prep": {"cli", "info", "preview", "terminal", "verify"},
+}
+
+
+def modules(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def imported(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in modules(path)}
 
 
 @pytest.mark.parametrize("package", ALLOWED)
@@ -33,6 +48,22 @@ def test_packages_import_in_one_direction(package):
     for path in files:
         forbidden = imported(path) & (set(ALLOWED) - ALLOWED[package])
         assert not forbidden, f"{path} imports {forbidden}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_to_the_left_only(package):
+    assert {path.stem for path in (ROOT / package).glob("*.py")} == COMMANDS[package] | {"__init__"}
+    for number, room in enumerate(ROOMS[package]):
+        files = sorted((ROOT / package / room).glob("*.py"))
+        assert files
+        for path in files:
+            others = {name.split(".")[1] for name in modules(path) if name.startswith(f"{package}.")}
+            assert others <= set(ROOMS[package][: number + 1]), f"{path} imports {others}"
+
+
+def test_no_file_is_much_longer_than_250_lines():
+    long = {path: len(path.read_text().splitlines()) for name in ALLOWED for path in (ROOT / name).glob("**/*.py")}
+    assert {path: lines for path, lines in long.items() if lines > 300} == {}
 
 
 def test_shards_and_prep_import_no_torch():
@@ -45,7 +76,7 @@ def test_modules_of_train_hide_no_standard_library_module():
     """torchrun train/main.py puts train/ itself first on the path."""
     import sys
 
-    assert not {path.stem for path in (ROOT / "train").glob("*.py")} & set(sys.stdlib_module_names)
+    assert not {path.stem for path in (ROOT / "train").glob("*")} & set(sys.stdlib_module_names)
 
 
 def test_every_make_target_is_phony():

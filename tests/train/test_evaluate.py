@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, run_command
+from conftest import BIN, run_command, vggt_prep
 from evaluations import OPTIONS, changed, evaluate_here
 from runs import LOCAL, SCRATCH, run_trainer
 from scipy.spatial.transform import Rotation
@@ -78,6 +78,21 @@ def test_trained_beats_untrained_side_by_side_with_intervals(shard_dir, tmp_path
     assert "During training" in (tmp_path / "out" / "report.html").read_text()
     again = evaluate_here(shard_dir, first, tmp_path / "again", *OPTIONS[:-2])
     assert again["protocol"]["width"] == 56  # as its run was trained
+
+
+def test_several_shard_sets_are_evaluated_together_and_each_by_itself(shard_dir, captures, exported, tmp_path):
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
+    done = vggt_prep("pack", *source, "--out", tmp_path / "b", "--split", "train", "--category", "balls")
+    assert done.returncode == 0, done.stderr
+    places = (shard_dir, tmp_path / "b")
+    alone = [evaluate_here(place, exported, tmp_path / f"of-{place.name}") for place in places]
+    both = evaluate_here(shard_dir, exported, tmp_path / "both", *OPTIONS, "--shards", str(tmp_path / "b"))
+    assert set(both["shards"]) == {str(place) for place in places}
+    assert [scene["metrics"] for scene in both["scenes"][:7]] == [scene["metrics"] for scene in alone[0]["scenes"]]
+    for place, single in zip(places, alone, strict=True):
+        assert both["by_shards"][str(place)][str(exported)] == single["checkpoints"][str(exported)]["metrics"]
+        said = f"{place} alone ({len(single['scenes'])} sequences): {exported} pose AUC@30"
+        assert said in (tmp_path / "both" / "report.html").read_text()
 
 
 def test_protocol_draws_depend_on_names_and_seed_alone(shard_dir):
