@@ -31,12 +31,12 @@ IS_DEMO = [ "$$(readlink "$$SHARDS")" = "$$(pwd -P)/$(DEMO)/shards" ]
 
 help:
 	@echo "make finetune    train: a small model on rendered scenes, or on your data, or the published checkpoint"
-	@echo "make eval        is what RUN trained any good? Compared with guessing, and with INIT; writes runs/RUN/eval/report.html"
+	@echo "make eval        is the model of RUN any good? Compared with baselines and with INIT; writes runs/RUN/eval/report.html"
 	@echo "make shards      only pack the training data"
 	@echo "make setup       only create .venv and install into it"
-	@echo "make test        all tests but the slow ones;  make test-slow: those;  make check: lint and types"
+	@echo "make test        all tests except the slow ones;  make test-slow: those;  make check: lint and types"
 	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
-	@echo "make proof       that it learns: rendered scenes it has not seen, and one scene by heart: under 20 minutes"
+	@echo "make proof       that it learns: rendered scenes it has not seen, and overfitting one scene: under 20 minutes"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"

@@ -8,7 +8,7 @@
 Rendered captures of 1440x1080 (or those of CO3D_DIR ANNOTATION_DIR, given after the name) packed with the defaults,
 8 views a scene, crops and aspects as in training.
 The floor: decode the same JPEGs and depths and resize each once. The plain way: OpenCV decodes the raw files in full,
-percentile of the depth, Pillow's Lanczos resize, float images, camera and world points, colour jitter on the CPU.
+percentile of the depth, Pillow's Lanczos resize, float images, camera and world points, color jitter on the CPU.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def floor(split: Split) -> Callable[[], None]:
         for (jpeg, depth), row, shape in frames:
             size = int(row["height"]), int(row["width"])
             scale = max(shape.width / size[1], shape.height / size[0])
-            centre = ((size[1] - 1) / 2, (size[0] - 1) / 2)
+            center = ((size[1] - 1) / 2, (size[0] - 1) / 2)
             image, eighths = decode_jpeg(jpeg, scale)
-            crop_image(image, eighths / 8, centre, scale, shape)
-            crop_depth(decode_depth(depth, *size), centre, scale, shape)
+            crop_image(image, eighths / 8, center, scale, shape)
+            crop_depth(decode_depth(depth, *size), center, scale, shape)
 
     return work
 

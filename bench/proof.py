@@ -1,8 +1,8 @@
-"""Proof that training works: on scenes it has not seen, against guessing; and on a single scene, to the end.
+"""Proof that training works: on scenes it has not seen, against baselines; and on a single scene, to the end.
 
     python bench/proof.py heldout --out data/proof            renders, packs, trains, evaluates: 20 minutes on 2 cores
     python bench/proof.py heldout --out data/proof --long     the same with more of everything: hours
-    python bench/proof.py overfit --shards data/co3d-mini     10 views of a capture learned by heart: 7 minutes
+    python bench/proof.py overfit --shards data/co3d-mini     overfits 10 views of a capture: 7 minutes
 
 heldout trains the small VGGT from scratch on rendered scenes, and compares it with itself before and with the best
 guess on held-out ones. overfit uses the first sequence of the first category of a shard set's train split. Each says
@@ -38,7 +38,7 @@ from vggt.weights import write_folder
 
 BIN = Path(sys.executable).parent
 CONFIG = Path(__file__).parents[1] / "train" / "configs" / "proof.yaml"
-HELDOUT = ("depth_abs_rel", "rotation_deg")  # must be better than the best guess, beyond the noise
+HELDOUT = ("depth_abs_rel", "rotation_deg")  # must be better than the best baseline, beyond the noise
 OVERFIT = {"depth_abs_rel": 0.05, "auc_30": 0.9}  # at most; at least
 HEADLINE_METRICS = (*OVERFIT, "depth_abs_rel_raw")
 
@@ -56,7 +56,7 @@ SHORT, LONG = Size(scenes=400, frames=24, steps=3000), Size(scenes=3000, frames=
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    heldout_parser = commands.add_parser("heldout", help="held-out rendered scenes, before and after, against guessing")
+    heldout_parser = commands.add_parser("heldout", help="held-out rendered scenes, against baselines")
     heldout_parser.add_argument("--out", type=Path, required=True, help="folder for scenes, shards, run and report")
     heldout_parser.add_argument("--long", action="store_true", help="ten times the scenes, twenty times the steps")
     heldout_parser.add_argument("--scenes", type=int, help="instead of the setting's")
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def heldout(out: Path, size: Size) -> bool:
-    """Whether the trained model beats the best guess in all of HELDOUT on the scenes of the test split."""
+    """Whether the trained model beats the best baseline in all of HELDOUT on the scenes of the test split."""
     captures, packed, run, untrained = (out / name for name in ("captures", "shards", "run", "untrained"))
     began = time.monotonic()
     call("vggt-prep", "synth", "--out", captures, "--scenes", size.scenes, "--frames", size.frames, "--seed", 1)
@@ -115,7 +115,7 @@ def call(program: str, *arguments: object) -> None:
 
 
 def overfit(location: str, steps: int) -> bool:
-    """Whether a small model learns 10 fixed views by heart: a broken gradient, normalisation or convention does not."""
+    """Whether a small model overfits 10 fixed views: with a broken gradient, normalization or convention it cannot."""
     config = load_config(CONFIG, ["optim.lr=5e-4", f"max_steps={steps}"])
     split = Split([shards.open(location)], "train")
     frames = tuple(range(0, int(split.lengths[0][0]), max(1, int(split.lengths[0][0]) // 10)))[:10]
@@ -126,7 +126,7 @@ def overfit(location: str, steps: int) -> bool:
     inputs = prepare(batch, device, with_points=False)
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=None)).to(device)
-    figures = learn_by_heart(model, inputs, config, World(0, 1, 1, device))
+    figures = overfit_views(model, inputs, config, World(0, 1, 1, device))
     reached = True
     for name, limit in OVERFIT.items():
         figure = METRICS[name]
@@ -137,7 +137,7 @@ def overfit(location: str, steps: int) -> bool:
     return reached
 
 
-def learn_by_heart(model: VGGT, batch: dict[str, torch.Tensor], config: TrainConfig, world: World) -> dict[str, float]:
+def overfit_views(model: VGGT, batch: dict[str, torch.Tensor], config: TrainConfig, world: World) -> dict[str, float]:
     """Train on one batch with the trainer's own step; the figures at the end."""
     optimizer = make_optimizer(model, config.optim)
     began = time.monotonic()

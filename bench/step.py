@@ -1,7 +1,7 @@
 """What the trainer adds to the work of a step, as ratios.
 
     python bench/step.py loop          the loop's step over its bare forward, losses, backward and optimizer
-    python bench/step.py wait          the share of time spent waiting for data, trainer and worker on a core each
+    python bench/step.py wait          the fraction of time spent waiting for data, trainer and worker on a core each
     python bench/step.py ranks         two processes against one, and what sharing gradients costs
     python bench/step.py checkpoint    a checkpoint of the recipe's size, against writing as many bytes
     python bench/step.py memory        full size: peak memory of two chunks against one (needs 16 GB, some minutes)

@@ -63,7 +63,7 @@ def main() -> None:
 )
 @click.option("--min-frames", type=click.IntRange(1), default=24, show_default=True, help="Fewest of a sequence.")
 @click.option("--shard-frames", type=click.IntRange(1), default=500, show_default=True, help="Fill a shard up to this.")
-@click.option("--max-bad", type=Fraction(), default=0.02, show_default=True, help="Most bad frames, as a share.")
+@click.option("--max-bad", type=Fraction(), default=0.02, show_default=True, help="Most bad frames, as a fraction.")
 @workers_option
 @click.option("--allow-shared-frames", is_flag=True, help="Let frames be in both splits.")
 @click.option("--scheduler", help="Of a Dask cluster, tcp://host:port; its workers must see both directories.")
@@ -91,8 +91,8 @@ def pack_command(
     so a part of the download is enough. A camera's rotation may be off by 0.001, as rounded text is; the nearest one is
     stored, and the middle of a sequence's cameras becomes its origin.
 
-    Interrupted, the same command goes on where it was. Of a finished set it makes the tars again that are missing: to
-    mend one that vggt-prep verify finds damaged, or to take in frames that were bad, remove the tar first.
+    After an interruption, the same command continues. If tars of a finished set are missing, it makes just these
+    again: to repair one that vggt-prep verify finds damaged, or to add frames that were bad, remove the tar first.
 
     \b
     vggt-prep pack --co3d-dir co3d --annotation-dir co3d_anno --out shards
@@ -101,7 +101,7 @@ def pack_command(
     vggt-prep pack --co3d-dir /nfs/co3d --out /nfs/shards --scheduler tcp://node0:8786
     """
     options = PackOptions(short_side=short_side, quality=quality, min_frames=min_frames, shard_frames=shard_frames)
-    stopped = "stopped; finished shards are kept, and the same command goes on from there"
+    stopped = "stopped; finished shards are kept, and the same command continues from there"
     with plain_errors(stopped), pack_executor(scheduler, workers) as (executor, parallel):
         if annotation_dir is not None and (set_list is not None or min_quality is not None):
             raise ValueError("--set-list and --min-quality are of Co3D's own annotations: not with --annotation-dir")
@@ -200,7 +200,7 @@ def info_command(shard_set: str) -> None:
 @main.command("verify")
 @click.argument("shard_set")
 @click.option(
-    "--sample", type=Fraction(min_open=True), default=1.0, show_default=True, help="Share of the tars to read."
+    "--sample", type=Fraction(min_open=True), default=1.0, show_default=True, help="Fraction of the tars to read."
 )
 @workers_option
 def verify_command(shard_set: str, sample: float, workers: int) -> None:
@@ -227,7 +227,7 @@ def verify_command(shard_set: str, sample: float, workers: int) -> None:
     for problem in result.problems:
         click.echo(problem, err=True)
     if result.problems:
-        advice = "Copy these tars again; or remove them, and the command that packed the set makes just these anew"
+        advice = "Copy these tars again; or remove them, and the command that packed the set makes just these again"
         found = counted(len(result.problems), "problem")
         raise click.ClickException(f"{shard_set}: {found}, said above" + (f". {advice}" if result.all_tars else ""))
     frames = counted(result.frames, "frame")
@@ -266,7 +266,7 @@ def index_command(shard_set: Path, workers: int) -> None:
 def preview_command(shard_set: str, out: Path, sequences: int) -> None:
     """Draw a page that shows whether images, depths and cameras fit.
 
-    For some sequences: images, depths in colour, the cameras from above, and one view warped into another through
+    For some sequences: images, depths in color, the cameras from above, and one view warped into another through
     depth and cameras. The page is one HTML file that needs nothing else. SHARD_SET is a directory or a URL.
 
     \b

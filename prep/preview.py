@@ -26,7 +26,7 @@ img { max-width: 100%; display: block; margin: .3em 0 } h2 { margin: 1.6em 0 .2e
 p { margin: .2em 0 } .wrong { color: #b00; font-weight: bold }
 """
 EXPLANATION = """
-Each sequence: some of its images; their depths, near is red, far is blue, grey is unknown; its cameras from above, the
+Each sequence: some of its images; their depths, near is red, far is blue, gray is unknown; its cameras from above, the
 first red, the last blue, over points of its depths. Then a pair of views A and B: A, B, A as B should see it by the
 depth of B and both cameras, and the same in a checkerboard with B. With right cameras and depths the last two look
 like B but for what is hidden from A, where the thing in front appears twice; where lines break at the squares' edges,

@@ -34,7 +34,7 @@ class Stopped(click.ClickException):
 
 @contextmanager
 def plain_errors(stopped: str = "stopped") -> Iterator[None]:
-    """What a user can mend is said in one line, without a traceback; a signal to stop ends with the line `stopped`."""
+    """What a user can repair is one line, without a traceback; a signal to stop ends with the line `stopped`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -65,8 +65,8 @@ class Fraction(click.FloatRange):
         super().__init__(0, 1, **limits)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        share = super().convert(value, param, ctx)
-        return share if share == share else self.fail(f"{value} is not a number", param, ctx)
+        fraction = super().convert(value, param, ctx)
+        return fraction if fraction == fraction else self.fail(f"{value} is not a number", param, ctx)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def verify(
     on_plan: Callable[[int], None] = lambda tars: None,
     on_tar: Callable[[], None] = lambda: None,
 ) -> VerifyResult:
-    """Check a shard set: the whole index, and the share `sample` of its tars, always the same ones.
+    """Check a shard set: the whole index, and the fraction `sample` of its tars, always the same ones.
 
     Whatever is wrong is in the result; nothing is raised for a damaged set.
     """
@@ -82,7 +82,7 @@ def _check_index(shard_set: shards.ShardSet) -> list[TarCheck]:
     if sha256(path) != shard_set.dataset["files"][FRAMES_FILE]["sha256"]:
         damaged = [str(i) for i, row in enumerate(frames) if row_crc(row) != row["row_crc"]]
         what = f"row {', '.join(damaged[:10])}" if damaged else "its header"
-        raise ValueError(f"{path}: {what} is damaged; copy it again, or mend it with: vggt-prep index")
+        raise ValueError(f"{path}: {what} is damaged; copy it again, or rebuild it with: vggt-prep index")
     ends = np.cumsum(sequences["count"], dtype=np.int64)
     _check_description(shard_set, ends)
     bounds = np.searchsorted(frames["tar"], np.arange(len(shard_set.tars) + 1))
@@ -149,7 +149,7 @@ def _frame_problems(shard_set: shards.ShardSet, check: TarCheck) -> Iterator[str
 
 
 def _index_problems(shard_set: shards.ShardSet, check: TarCheck, path: Path) -> Iterator[str]:
-    """The index against one made anew from the tar."""
+    """The index against one made again from the tar."""
     try:
         sequences, rows = index_tar(path)
     except ValueError as error:
@@ -160,4 +160,4 @@ def _index_problems(shard_set: shards.ShardSet, check: TarCheck, path: Path) -> 
     named = shard_set.sequences[check.sequence : check.sequence + len(sequences)]
     stated = [(row["category"].decode(), row["name"].decode(), int(row["count"])) for row in named]
     if rows.tobytes() != held.tobytes() or stated != sequences:
-        yield "the index says something else of it; mend it with: vggt-prep index"
+        yield "the index says something else of it; rebuild that with: vggt-prep index"

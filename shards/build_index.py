@@ -210,14 +210,14 @@ def rebuild_index(
     on_plan: Callable[[int], None] = lambda tars: None,
     on_tar: Callable[[], None] = lambda: None,
 ) -> int:
-    """Make the index and dataset.json anew from the tars of a set; returns the number of frames.
+    """Make the index and dataset.json again from the tars of a set; returns the number of frames.
 
     What dataset.json says of the source and the options is kept where it can be read. Raises ValueError if there is no
     tar, one that dataset.json lists is missing, or one is damaged: then everything stays as it was.
     """
     if (out / WORK_FOLDER).exists():
         raise ValueError(
-            f"{out}: its pack is not finished; the same pack command goes on, and writes the index at last"
+            f"{out}: its pack is not finished; the same pack command continues it, and writes the index at its end"
         )
     stated = _stated(out / DATASET_FILE)
     names = [path.name for path in out.glob("*.tar") if TAR_NAME.fullmatch(path.name)]

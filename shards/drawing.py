@@ -43,7 +43,7 @@ def stack(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def near_and_far(depth: np.ndarray) -> tuple[float, float]:
-    """The range of known depths to colour; 0 and 1 without any."""
+    """The range of known depths to color; 0 and 1 without any."""
     known = depth[np.isfinite(depth) & (depth > 0)]
     if not known.size:
         return 0.0, 1.0
@@ -52,29 +52,29 @@ def near_and_far(depth: np.ndarray) -> tuple[float, float]:
 
 
 def color_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
-    """Depth [..., H, W] -> RGB [..., H, W, 3]; near is red, far is blue, grey is unknown."""
-    share = 1 - np.clip((depth - near) / max(far - near, 1e-9), 0, 1)
-    flat = (np.nan_to_num(share) * 255).astype(np.uint8).reshape(-1, 1)
-    coloured = cv2.applyColorMap(flat, cv2.COLORMAP_TURBO)[..., ::-1].reshape(*depth.shape, 3)
-    return np.where((np.isfinite(depth) & (depth > 0))[..., None], coloured, np.uint8(UNKNOWN))
+    """Depth [..., H, W] -> RGB [..., H, W, 3]; near is red, far is blue, gray is unknown."""
+    fraction = 1 - np.clip((depth - near) / max(far - near, 1e-9), 0, 1)
+    flat = (np.nan_to_num(fraction) * 255).astype(np.uint8).reshape(-1, 1)
+    colored = cv2.applyColorMap(flat, cv2.COLORMAP_TURBO)[..., ::-1].reshape(*depth.shape, 3)
+    return np.where((np.isfinite(depth) & (depth > 0))[..., None], colored, np.uint8(UNKNOWN))
 
 
-def color_amount(share: np.ndarray) -> np.ndarray:
-    """Numbers [..., H, W] from 0, black, to 1, white -> RGB [..., H, W, 3]; NaN is grey."""
-    flat = (np.nan_to_num(np.clip(share, 0, 1)) * 255).astype(np.uint8).reshape(-1, 1)
-    coloured = cv2.applyColorMap(flat, cv2.COLORMAP_HOT)[..., ::-1].reshape(*share.shape, 3)
-    return np.where(np.isfinite(share)[..., None], coloured, np.uint8(UNKNOWN))
+def color_amount(fraction: np.ndarray) -> np.ndarray:
+    """Numbers [..., H, W] from 0, black, to 1, white -> RGB [..., H, W, 3]; NaN is gray."""
+    flat = (np.nan_to_num(np.clip(fraction, 0, 1)) * 255).astype(np.uint8).reshape(-1, 1)
+    colored = cv2.applyColorMap(flat, cv2.COLORMAP_HOT)[..., ::-1].reshape(*fraction.shape, 3)
+    return np.where(np.isfinite(fraction)[..., None], colored, np.uint8(UNKNOWN))
 
 
 def scale_bar(height: int, near: float, far: float) -> np.ndarray:
-    """What the colours of colour_depth mean: [height, BAR_WIDTH, 3]."""
+    """What the colors of color_depth mean: [height, BAR_WIDTH, 3]."""
     bar = np.full((height, BAR_WIDTH, 3), BACKGROUND, np.uint8)
     top, bottom = TEXT_HEIGHT, height - GAP
     ramp = np.linspace(near, far, bottom - top, dtype=np.float32)[:, None].repeat(14, axis=1)
     bar[top:bottom, 4:18] = color_depth(np.maximum(ramp, 1e-12), near, far)
-    for share in (0, 0.5, 1):
-        y = int(top + 10 + share * (bottom - top - 14))
-        label = f"{near + share * (far - near):.3g}"
+    for fraction in (0, 0.5, 1):
+        y = int(top + 10 + fraction * (bottom - top - 14))
+        label = f"{near + fraction * (far - near):.3g}"
         cv2.putText(bar, label, (24, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, INK, 1, cv2.LINE_AA)
     return bar
 
@@ -82,16 +82,16 @@ def scale_bar(height: int, near: float, far: float) -> np.ndarray:
 def top_down(extrinsics: np.ndarray, intrinsics: np.ndarray, points: np.ndarray, side: int) -> np.ndarray:
     """Cameras [S, 3, 4], [S, 3, 3] and points [N, 3] of the world, seen against the cameras' mean "down".
 
-    The first camera is red, the last blue; points are grey. Returns [side, side, 3].
+    The first camera is red, the last blue; points are gray. Returns [side, side, 3].
     """
     rotations = extrinsics[:, :, :3]
-    centres = -np.einsum("sji,sj->si", rotations, extrinsics[:, :, 3])
+    centers = -np.einsum("sji,sj->si", rotations, extrinsics[:, :, 3])
     down = rotations[:, 1].mean(axis=0)
     down /= max(np.linalg.norm(down), 1e-9)
     right = rotations[0, 0] - rotations[0, 0] @ down * down
     right /= max(np.linalg.norm(right), 1e-9)
     plane = np.stack([right, -np.cross(right, down)])  # what the first camera looks at lies above it
-    cameras, ground = centres @ plane.T, points @ plane.T
+    cameras, ground = centers @ plane.T, points @ plane.T
     low, high = np.percentile(np.concatenate([cameras, ground]), [1, 99], axis=0)
     low, high = np.minimum(low, cameras.min(0)), np.maximum(high, cameras.max(0))
     scale = side * (1 - 2 * FRUSTUM) / max((high - low).max(), 1e-9)
@@ -104,10 +104,10 @@ def top_down(extrinsics: np.ndarray, intrinsics: np.ndarray, points: np.ndarray,
     inside = (x >= 0) & (x < side) & (y >= 0) & (y < side)
     picture[y[inside], x[inside]] = 185
     colors = color_depth(np.linspace(1, 2, len(cameras))[None], 1, 2)[0]
-    for centre, rotation, k, color in zip(place(cameras), rotations, intrinsics, colors, strict=True):
+    for center, rotation, k, color in zip(place(cameras), rotations, intrinsics, colors, strict=True):
         half = k[0, 2] / k[0, 0]  # tangent of half the horizontal field of view
         corners = [plane @ (rotation[2] + sign * half * rotation[0]) * FRUSTUM / 2 * side for sign in (-1, 1)]
-        outline = np.round([centre, centre + corners[0], centre + corners[1]]).astype(np.int32)
+        outline = np.round([center, center + corners[0], center + corners[1]]).astype(np.int32)
         cv2.polylines(picture, [outline], True, tuple(map(int, color)), 1, cv2.LINE_AA)
     return picture
 

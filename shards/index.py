@@ -20,7 +20,7 @@ from shards.schema import (
     self_crc,
 )
 
-REPAIR = "copy it again, or make it anew with: vggt-prep index"
+REPAIR = "copy it again, or rebuild it with: vggt-prep index"
 TAR_NAME = re.compile(r"(train|test)-\d{6,}\.tar")
 
 

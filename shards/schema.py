@@ -25,7 +25,7 @@ JPEG, DEPTH, META = "jpg", "depth.zst", "json"  # the extensions of a frame's me
 def frame_dtype(name_bytes: int) -> np.dtype:
     """A row of frames.npy. Offsets count from the start of the tar; depth_size 0 = camera only.
 
-    extrinsics: camera-from-world, OpenCV axes; intrinsics in pixels of the stored image, (0, 0) the centre of the
+    extrinsics: camera-from-world, OpenCV axes; intrinsics in pixels of the stored image, (0, 0) the center of the
     top-left pixel; depth along z = half float * depth_scale, in the units of the translations.
     """
     return np.dtype(

@@ -287,7 +287,7 @@ def _http_options(url: str) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": timeout}}
 
 
-def _start_anew() -> None:
+def _start_clean() -> None:
     """After a fork: another thread may have held the lock, and sessions of fsspec belong to the parent."""
     global _lock
     _lock = threading.Lock()
@@ -295,4 +295,4 @@ def _start_anew() -> None:
     _filesystems.clear()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+os.register_at_fork(after_in_child=_start_clean)

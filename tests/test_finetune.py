@@ -59,7 +59,7 @@ def test_make_finetune_renders_packs_trains_and_tells(checkout):
 
     evaluated = make(checkout, "eval")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "its depth is better than guessing (depth error" in evaluated.stdout
+    assert "its depth is better than the baseline (depth error" in evaluated.stdout
     assert (run / "eval" / "report.html").exists()
 
     again = make(checkout, "finetune")

@@ -11,7 +11,7 @@ from conftest import run_command, vggt_prep
 
 @pytest.mark.slow
 def test_ten_views_of_a_real_capture_are_learned_by_heart(co3d_mini, tmp_path):
-    """In a third of the proof's steps: a broken gradient, normalisation or pose convention cannot come this far."""
+    """In a third of the proof's steps: a broken gradient, normalization or pose convention cannot come this far."""
     source = ("--co3d-dir", co3d_mini / "co3d", "--annotation-dir", co3d_mini / "annotations", "--category", "chair")
     packed = vggt_prep("pack", *source, "--out", tmp_path / "set", "--short-side", 120)
     assert packed.returncode == 0, packed.stderr
@@ -31,5 +31,5 @@ def test_proof_goes_from_scenes_to_a_verdict(tmp_path):
     results = json.loads((out / "report" / "results.json").read_text())
     depth = next(c for c in results["against_baseline"] if c["metric"] == "depth_abs_rel" and "latest" in c["after"])
     assert depth["gain"] == 1, depth
-    assert re.search(r"reached: guess: flat depth -> trained, depth error", done.stdout)
+    assert re.search(r"reached: baseline: flat depth -> trained, depth error", done.stdout)
     assert "During training" in (out / "report" / "report.html").read_text()

@@ -36,7 +36,7 @@ from train.report.pictures import save_picture
 from train.report.words import describe_damage
 
 PLANNED, SHOWN, MAX_VIEWS, ROW_HEIGHT = 8, 4, 8, 150  # steps in the table; scenes, views and pixels on the sheet
-DOUBTFUL = 0.4  # below that share of agreeing pixels, something is probably wrong
+DOUBTFUL = 0.4  # below that fraction of agreeing pixels, something is probably wrong
 SHEET_FILE = "data.png"
 
 
@@ -124,20 +124,20 @@ def print_plan(plan: TrainingPlan) -> None:
 
 
 def check_batch(batch: dict[str, Any]) -> dict[str, float]:
-    """Of each scene with depth, by its first key: the share of pixels at which the views agree with the first."""
+    """Of each scene with depth, by its first key: the fraction of pixels at which the views agree with the first."""
     found = {}
     depths = (batch["depth"].double() * batch["depth_scale"][..., None, None]).numpy()
     for keys, depth, extrinsics, intrinsics in zip(
         batch["keys"], depths, batch["extrinsics"].numpy(), batch["intrinsics"].numpy(), strict=True
     ):
-        share = cross_view_agreement(depth, extrinsics, intrinsics)
-        if share is not None:
-            found[keys[0]] = share
+        fraction = cross_view_agreement(depth, extrinsics, intrinsics)
+        if fraction is not None:
+            found[keys[0]] = fraction
     return found
 
 
 def cross_view_agreement(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) -> float | None:
-    """The share of view 0's points whose depth another view confirms, of those that it has a depth for.
+    """The fraction of view 0's points whose depth another view confirms, of those that it has a depth for.
 
     depth [S, H, W] (0: unknown), extrinsics [S, 3, 4], intrinsics [S, 3, 3]. None without depth in view 0 and another
     one; NaN if there is depth, but no point of view 0 falls where another has some, as with depths in a wrong unit.
@@ -155,14 +155,14 @@ def print_checks(checks: dict[str, float]) -> None:
     if not checks:
         print("cross-view check: not possible, as no scene has depth in two views")
         return
-    known = {key: share for key, share in checks.items() if not math.isnan(share)}
+    known = {key: fraction for key, fraction in checks.items() if not math.isnan(fraction)}
     apart = len(checks) - len(known)
     if known:
-        shares = np.array(list(known.values()))
+        fractions = np.array(list(known.values()))
         print(
             f"cross-view check of {len(known)} scenes: points of the first view agree with the others' depth to "
-            f"{AGREEMENT:.0%} at {np.median(shares):.0%} of the pixels (median; 10% of the scenes are below "
-            f"{np.percentile(shares, 10):.0%}); what one view hides from the other cannot agree"
+            f"{AGREEMENT:.0%} at {np.median(fractions):.0%} of the pixels (median; 10% of the scenes are below "
+            f"{np.percentile(fractions, 10):.0%}); what one view hides from the other cannot agree"
         )
         worst = sorted(known, key=lambda key: known[key])[:3]
         print("  least: " + ", ".join(f"{key} {known[key]:.0%}" for key in worst))

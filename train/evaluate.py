@@ -1,4 +1,4 @@
-"""Is a checkpoint good? Poses, depths and points of held-out sequences against the truth, and against guessing.
+"""Is a checkpoint good? Poses, depths and points of held-out sequences against the truth, and against baselines.
 
     python -m train.evaluate --shards data/co3d --checkpoint runs/finetune/checkpoints/best --out eval
     python -m train.evaluate --shards data/co3d --checkpoint vggt-1b.pt --checkpoint vggt-mine.pt --out eval

@@ -1,4 +1,4 @@
-"""Look at a checkpoint: photographs in, cameras and a coloured point cloud out."""
+"""Look at a checkpoint: photographs in, cameras and a colored point cloud out."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from vggt.scene import write_scene
     type=click.FloatRange(0, 1, min_open=True),
     default=0.5,
     show_default=True,
-    help="Share of the pixels to draw, the most confident ones.",
+    help="Fraction of the pixels to draw, the most confident ones.",
 )
 def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> None:
     """Show what a checkpoint makes of IMAGES: files, or folders of them, all of one scene.
 
-    Writes one file with a coloured point cloud and the cameras, drawn as pyramids from red (the first) to blue (the
+    Writes one file with a colored point cloud and the cameras, drawn as pyramids from red (the first) to blue (the
     last). Any viewer of glTF opens a .glb, MeshLab or CloudCompare a .ply.
 
     \b
@@ -66,7 +66,7 @@ def _show(model: VGGT, images: torch.Tensor, out: Path, keep: float) -> int:
     """Run the model on images [S, 3, H, W], say what cameras it sees, write `out`; returns the number of points."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count, _, height, width = images.shape
-    click.echo(f"{count} images, cut to {width}x{height} about their centres, on {device.type}")
+    click.echo(f"{count} images, cut to {width}x{height} about their centers, on {device.type}")
     began = time.perf_counter()
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         predictions = model.to(device)(images.to(device))

@@ -151,7 +151,7 @@ def add_position(x: Tensor, aspect: float) -> Tensor:
 
 
 def axis_code(n: int, span: float, channels: int, like: Tensor) -> Tensor:
-    """Sines, then cosines, of n pixel centres spread over (-span, span): [channels, n], as `like`."""
+    """Sines, then cosines, of n pixel centers spread over (-span, span): [channels, n], as `like`."""
     edge = span * (n - 1) / n
     place = torch.linspace(-edge, edge, n, device=like.device, dtype=torch.float32).double()
     exponent = torch.arange(channels // 2, device=like.device, dtype=torch.float64) / (channels // 2)

@@ -68,7 +68,7 @@ def encode_pose(extrinsics: Tensor, intrinsics: Tensor, height: int, width: int)
     """Camera-from-world [..., 3, 4] and pixel intrinsics [..., 3, 3] -> pose encodings [..., 9].
 
     Translation 3, quaternion x y z w 4, vertical and horizontal field of view in radians. The principal point is
-    not encoded: the image is taken to be centred on it. Differentiable in both arguments.
+    not encoded: the image is taken to be centerd on it. Differentiable in both arguments.
     """
     fov_y = 2 * torch.atan(height / 2 / intrinsics[..., 1, 1])
     fov_x = 2 * torch.atan(width / 2 / intrinsics[..., 0, 0])
@@ -79,8 +79,8 @@ def encode_pose(extrinsics: Tensor, intrinsics: Tensor, height: int, width: int)
 def decode_pose(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Pose encodings [..., 9] -> camera-from-world [..., 3, 4], intrinsics [..., 3, 3] in pixels.
 
-    The principal point is (width / 2, height / 2), as in the published code: half a pixel off the centre in this
-    project's convention, where (0, 0) is the centre of the first pixel. Differentiable; a field of view of 0 has
+    The principal point is (width / 2, height / 2), as in the published code: half a pixel off the center in this
+    project's convention, where (0, 0) is the center of the first pixel. Differentiable; a field of view of 0 has
     an infinite focal length.
     """
     extrinsics = torch.cat([quaternion_to_rotation(encoding[..., 3:7]), encoding[..., :3, None]], dim=-1)
@@ -97,7 +97,7 @@ def decode_pose(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tens
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth along z [..., H, W] and pixel intrinsics [..., 3, 3] -> points in the camera's frame [..., H, W, 3].
 
-    Pixel (0, 0) is the centre of the top-left pixel; points are in the units of the depth. Differentiable.
+    Pixel (0, 0) is the center of the top-left pixel; points are in the units of the depth. Differentiable.
     """
     height, width = depth.shape[-2:]
     column = torch.arange(width, device=depth.device, dtype=depth.dtype)

@@ -40,7 +40,7 @@ def load_images(paths: Sequence[Path], config: VGGTConfig) -> Tensor:
     """Photographs as one scene for the model: [S, 3, H, W] in [0, 1].
 
     As wide as the model was trained for, as high as the first photograph's shape asks, but at most square. Each is
-    scaled to cover that and cut about its centre, where the model takes the principal point to be. Raises ValueError
+    scaled to cover that and cut about its center, where the model takes the principal point to be. Raises ValueError
     for a file that is no image.
     """
     photographs = [_read(path) for path in paths]
@@ -62,7 +62,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> [height, width, 3], scaled to the least size that covers it and cut about the centre."""
+    """uint8 [h, w, 3] -> [height, width, 3], scaled to the least size that covers it and cut about the center."""
     h, w = image.shape[:2]
     scale = max(height / h, width / w)
     size = (max(round(w * scale), width), max(round(h * scale), height))

@@ -63,7 +63,7 @@ class VGGT(nn.Module):
     def forward(self, images: Tensor, query_points: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
         """Images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1], H and W multiples of 14; view 0 is the reference.
 
-        query_points: [B, N, 2] or [N, 2], points of view 0 to track, (x, y) in pixels, (0, 0) the first one's centre.
+        query_points: [B, N, 2] or [N, 2], points of view 0 to track, (x, y) in pixels, (0, 0) the first one's center.
 
         Returns, for the heads there are, with poses camera-from-world in the frame of view 0:
             pose_enc [B, S, 9] and pose_enc_list, one a round (see vggt.geometry.encode_pose)
@@ -71,7 +71,7 @@ class VGGT(nn.Module):
             world_points [B, S, H, W, 3] and world_points_conf [B, S, H, W] > 1
             with query points track [B, S, N, 2] in pixels, vis and conf [B, S, N] in (0, 1)
         Tracking needs H and W of at least 128 pixels in the published model. Raises ValueError or TypeError for
-        arguments of other shapes, types or values; values are told off on the CPU only: elsewhere, as under
+        arguments of other shapes, types or values; values are checked on the CPU only: elsewhere, as under
         torch.compile, the device stops with an assertion, for asking it would make the host wait.
         """
         images = images[None] if isinstance(images, Tensor) and images.ndim == 4 else images

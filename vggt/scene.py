@@ -1,4 +1,4 @@
-"""Predictions as something to look at: a coloured point cloud, with the cameras drawn into it."""
+"""Predictions as something to look at: a colored point cloud, with the cameras drawn into it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ EDGES = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1))  # of a
 
 
 def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points [M, 3] in the world of the predicted cameras, whose first is about its origin, and colours uint8 [M, 3].
+    """Points [M, 3] in the world of the predicted cameras, whose first is about its origin, and colors uint8 [M, 3].
 
     predictions: VGGT's for one scene, with cameras and depth; images [S, 3, H, W] in [0, 1]. Of all
-    pixels the share `keep` that the model is most confident of is taken, MAX_POINTS of them at most.
+    pixels the fraction `keep` that the model is most confident of is taken, MAX_POINTS of them at most.
     """
     extrinsics, intrinsics = decode_pose(predictions["pose_enc"][0], *images.shape[-2:])
     rays = unproject(predictions["depth"][0, ..., 0], intrinsics)
@@ -48,15 +48,15 @@ def camera_pyramids(extrinsics: Tensor, intrinsics: Tensor, height: int, width: 
 
 
 def camera_wireframes(pose_enc: Tensor, height: int, width: int, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cameras [S, 9] as pyramids of dots: points [M, 3], colours uint8 [M, 3] from red (the first) to blue (the last).
+    """Cameras [S, 9] as pyramids of dots: points [M, 3], colors uint8 [M, 3] from red (the first) to blue (the last).
 
-    A pyramid's tip is the camera's centre, its base the image at depth `size`.
+    A pyramid's tip is the camera's center, its base the image at depth `size`.
     """
     pyramids = camera_pyramids(*decode_pose(pose_enc.cpu(), height, width), height, width, size)
-    share = torch.linspace(0, 1, EDGE_POINTS)[:, None]
+    fraction = torch.linspace(0, 1, EDGE_POINTS)[:, None]
     points, colors = [], []
     for i, pyramid in enumerate(pyramids):
-        points += [pyramid[a] * (1 - share) + pyramid[b] * share for a, b in EDGES]
+        points += [pyramid[a] * (1 - fraction) + pyramid[b] * fraction for a, b in EDGES]
         hue = 2 / 3 * i / max(len(pose_enc) - 1, 1)
         colors.append(np.tile(np.array(colorsys.hsv_to_rgb(hue, 1, 1)) * 255, (len(EDGES) * EDGE_POINTS, 1)))
     return torch.cat(points).numpy(), np.concatenate(colors).round().astype(np.uint8)
@@ -77,9 +77,9 @@ def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep
         raise ValueError("the model's cameras or all of its points are not finite: is the checkpoint whole?")
     height, width = images.shape[-2:]
     size = CAMERA_SIZE * float(np.median(np.linalg.norm(points, axis=1)))
-    camera_points, camera_colours = camera_wireframes(predictions["pose_enc"][0], height, width, size)
+    camera_points, camera_colors = camera_wireframes(predictions["pose_enc"][0], height, width, size)
     count = len(points)
-    points, colors = np.concatenate([points, camera_points]), np.concatenate([colors, camera_colours])
+    points, colors = np.concatenate([points, camera_points]), np.concatenate([colors, camera_colors])
     kind = path.suffix.lower().removeprefix(".")
     with whole_file(path) as temporary:
         if kind == "glb":

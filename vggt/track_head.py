@@ -254,7 +254,7 @@ def position_code(at: Tensor, height: int, width: int, channels: int) -> Tensor:
         table = torch.cat([angle.sin(), angle.cos()], dim=-1).to(at.dtype)  # [length, channels / 2]
         place = place.clamp(0, length - 1)
         left = place.floor().clamp(max=length - 2)
-        share = (place - left)[..., None]
+        fraction = (place - left)[..., None]
         index = left.long()
-        parts.append(table[index] * (1 - share) + table[index + 1] * share)
+        parts.append(table[index] * (1 - fraction) + table[index + 1] * fraction)
     return torch.cat(parts, dim=-1)

@@ -45,7 +45,7 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> normalised patch tokens [N, H/14 * W/14, dim]."""
+        """Normalized images [N, 3, H, W] -> normalized patch tokens [N, H/14 * W/14, dim]."""
         n, _, height, width = images.shape
         patches = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(n, -1, -1), patches], dim=1)

@@ -13,7 +13,7 @@ TO_OPENCV = np.diag([-1.0, -1.0, 1.0])  # PyTorch3D's x is left and y is up
 
 @dataclass(frozen=True, kw_only=True)
 class OpenCVCamera:
-    """A camera as we store it: extrinsics [3, 4]; intrinsics [3, 3] in pixels, (0, 0) the centre of the first."""
+    """A camera as we store it: extrinsics [3, 4]; intrinsics [3, 3] in pixels, (0, 0) the center of the first."""
 
     extrinsics: np.ndarray
     intrinsics: np.ndarray
@@ -27,7 +27,7 @@ class OpenCVCamera:
 class PyTorch3DCamera:
     """A camera of PyTorch3D: X_camera = X_world @ rotation + translation, with x to the left and y up.
 
-    rotation [3, 3], translation [3]; focal_length and principal_point [2] in normalised device coordinates. In the
+    rotation [3, 3], translation [3]; focal_length and principal_point [2] in normalized device coordinates. In the
     ndc_isotropic format the shorter side of the image spans -1 to 1, in ndc_norm_image_bounds each side does.
     """
 
@@ -43,9 +43,9 @@ class PyTorch3DCamera:
         half = np.array([width, height]) / 2
         unit = np.full(2, half.min()) if self.intrinsics_format == ISOTROPIC else half  # pixels an NDC unit
         focal = self.focal_length * unit
-        # NDC are measured from edges, our pixels from the centre of the first one.
-        centre = half - self.principal_point * unit - 0.5
-        return extrinsics, np.array([[focal[0], 0, centre[0]], [0, focal[1], centre[1]], [0, 0, 1]])
+        # NDC are measured from edges, our pixels from the center of the first one.
+        center = half - self.principal_point * unit - 0.5
+        return extrinsics, np.array([[focal[0], 0, center[0]], [0, focal[1], center[1]], [0, 0, 1]])
 
 
 def read_camera(entry: Any) -> OpenCVCamera | PyTorch3DCamera:

@@ -20,7 +20,7 @@ class Camera(Protocol):
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Extrinsics [3, 4], camera-from-world with OpenCV's axes, and intrinsics [3, 3] of an image of this size.
 
-        In pixels; (0, 0) is the centre of the top-left one.
+        In pixels; (0, 0) is the center of the top-left one.
         """
         ...
 

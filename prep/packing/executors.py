@@ -99,7 +99,7 @@ def dask_cluster(address: str) -> Iterator[tuple[Executor, int]]:
 
 
 def _say_when_idle(client: Any, address: str, ended: threading.Event) -> None:
-    """Dask waits for workers for ever, as they may come back; whoever looks on must know that it does."""
+    """Dask waits for workers forever, as they may come back; whoever watches must know that it does."""
     while not ended.wait(IDLE_CHECK):
         with suppress(OSError):  # the scheduler is gone: its tasks fail, too
             if not client.nthreads():

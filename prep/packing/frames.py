@@ -23,7 +23,7 @@ MAX_PIXEL_ASPECT = 3.0  # fx over fy, or fy over fx
 MAX_TRANSLATION = 1e10  # beyond it double precision leaves too little
 MAX_SOURCE_TRANSLATION = MAX_TRANSLATION / 10  # the origin is moved before cameras are stored
 SKEW_TOLERANCE = 1e-6  # of the focal length
-MAX_OFF_CENTRE = 0.375  # of a side: crops for training are centred on the principal point, and would be tiny
+MAX_OFF_CENTRE = 0.375  # of a side: crops for training are centerd on the principal point, and would be tiny
 JPEG_START = b"\xff\xd8"
 PNG_END = b"IEND\xaeB`\x82"
 
@@ -96,7 +96,7 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
 
 
 def orthonormalized(extrinsics: np.ndarray) -> np.ndarray:
-    """Camera-from-world [3, 4] with the nearest rotation, and the camera's centre where it was.
+    """Camera-from-world [3, 4] with the nearest rotation, and the camera's center where it was.
 
     Poses are inverted by transposing them: at 500 km from the origin, an error of 1e-4 would be 50 m.
     """
@@ -110,7 +110,7 @@ def check_camera(extrinsics: np.ndarray, k: np.ndarray, height: int, width: int)
     """Raises BadFrameError unless a camera can be trained on.
 
     It must be finite, a rotation to ROTATION_TOLERANCE, of possible focal lengths, not skewed, its principal point near
-    the centre, and not too far from the origin.
+    the center, and not too far from the origin.
     """
     if not np.isfinite(extrinsics).all() or not np.isfinite(k).all():
         raise BadFrameError("camera is not finite")
@@ -130,7 +130,7 @@ def check_camera(extrinsics: np.ndarray, k: np.ndarray, height: int, width: int)
         raise BadFrameError("fx and fy are too different", f"{k[0, 0]} and {k[1, 1]}")
     places = (k[:2, 2] + 0.5) / (width, height)
     if np.abs(places - 0.5).max() > MAX_OFF_CENTRE:
-        raise BadFrameError("principal point is far from the centre", f"at {places} of the sides")
+        raise BadFrameError("principal point is far from the center", f"at {places} of the sides")
 
 
 def _stored_depth(
@@ -187,5 +187,5 @@ def _read_png(path: Path, what: str, dtype: type) -> np.ndarray:
     if image is None:
         raise BadFrameError(f"{what} is damaged")
     if image.dtype != dtype or image.ndim != 2:
-        raise BadFrameError(f"{what} is not a {8 * np.dtype(dtype).itemsize}-bit grey PNG")
+        raise BadFrameError(f"{what} is not a {8 * np.dtype(dtype).itemsize}-bit gray PNG")
     return image

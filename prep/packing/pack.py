@@ -1,4 +1,4 @@
-"""Packing: sequences -> shards in parallel -> index. Killed at any moment, it goes on where it was."""
+"""Packing: sequences -> shards in parallel -> index. Killed at any moment, it continues where it was."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def pack(
 
     parallel: shards that the executor makes at once. on_plan is told the number of frames in all and of those in
     shards that are there already, on_shard each further shard as it is finished. Raises PackError if `out` holds
-    something else, nothing can be packed, more than the share max_bad of the frames is bad, or, unless that is allowed,
-    a frame is to train and to test on.
+    something else, nothing can be packed, more than the fraction max_bad of the frames is bad, or a frame is both to
+    train and to test on, unless that is allowed.
     """
     plan, in_both = make_plan(source, options, allow_shared_frames)
     total = sum(job.frames for job in plan)

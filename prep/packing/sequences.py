@@ -8,13 +8,13 @@ import numpy as np
 
 from prep.packing.frames import PackedFrame
 
-MIN_DEPTH = 0.1  # over the distance of neighbouring cameras: with less two views can share nothing
+MIN_DEPTH = 0.1  # over the distance of neighboring cameras: with less two views can share nothing
 MAX_DEPTH = 300.0  # over the extent of the cameras: with more the views hardly differ
 MAX_STRAY = 100.0  # distance of a camera from the middle of them over the extent
 
 
 def recentered(frames: list[PackedFrame]) -> list[PackedFrame]:
-    """The same frames, at least one, with the origin of the world at the median of their cameras' centres.
+    """The same frames, at least one, with the origin of the world at the median of their cameras' centers.
 
     Captures may come in coordinates of a country: 500 km from the origin, single precision leaves 3 cm.
     """
@@ -48,7 +48,7 @@ def doubtful_lengths(frames: list[PackedFrame]) -> str | None:
         return None
     depth, step = np.median(depths), np.median(np.linalg.norm(np.diff(centers, axis=0), axis=1))
     if depth < MIN_DEPTH * step:
-        return f"depths are about {depth:.2g}, neighbouring cameras {step:.2g} apart: are depths in another unit?"
+        return f"depths are about {depth:.2g}, neighboring cameras {step:.2g} apart: are depths in another unit?"
     if depth > MAX_DEPTH * extent:
         return f"depths are about {depth:.2g}, most cameras within {extent:.2g}: another unit, or all from one place?"
     return None

@@ -1,6 +1,6 @@
 """A small ray caster: textured ground, boxes and spheres under a sun, with exact depth. float32, z up.
 
-Rays are cast through pixel centres with a direction of unit z in the camera's frame, so the ray parameter *is* the
+Rays are cast through pixel centers with a direction of unit z in the camera's frame, so the ray parameter *is* the
 depth along the optical axis.
 """
 
@@ -45,20 +45,20 @@ class Ground:
 
 @dataclass(frozen=True, kw_only=True)
 class Sphere:
-    centre: Array  # [3]
+    center: Array  # [3]
     radius: float
     texture: Array
     tile: float
 
     def intersect(self, origin: Array, direction: Array) -> Array:
-        offset = origin - self.centre[:, None]
+        offset = origin - self.center[:, None]
         a, b = dot(direction, direction), dot(offset, direction)
         root = b * b - a * (dot(offset, offset) - np.float32(self.radius**2))
         t = (-b - np.sqrt(np.maximum(root, 0))) / a
         return np.where((root > 0) & (t > 0), t, FAR)
 
     def surface(self, points: Array) -> tuple[Array, Array]:
-        normal = (points - self.centre[:, None]) / np.float32(self.radius)
+        normal = (points - self.center[:, None]) / np.float32(self.radius)
         longitude = np.arctan2(normal[1], normal[0])
         latitude = np.arcsin(np.clip(normal[2], -1, 1))
         # A whole number of repeats around, so that the texture closes.
@@ -70,7 +70,7 @@ class Sphere:
 class Box:
     """Upright, turned by `yaw` radians about z; half_size along its own x, y, z."""
 
-    centre: Array  # [3]
+    center: Array  # [3]
     half_size: Array  # [3]
     yaw: float
     texture: Array
@@ -82,7 +82,7 @@ class Box:
         return np.stack([c * vectors[0] + s * vectors[1], c * vectors[1] - s * vectors[0], vectors[2]])
 
     def intersect(self, origin: Array, direction: Array) -> Array:
-        o, d = self.turn(origin - self.centre[:, None]), self.turn(direction)
+        o, d = self.turn(origin - self.center[:, None]), self.turn(direction)
         half = self.half_size[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             inverse = 1 / d
@@ -93,7 +93,7 @@ class Box:
         return np.where((enter < leave) & (enter > 0), enter, FAR)
 
     def surface(self, points: Array) -> tuple[Array, Array]:
-        local = self.turn(points - self.centre[:, None])
+        local = self.turn(points - self.center[:, None])
         axis = np.abs(local / self.half_size[:, None]).argmax(0)[None]
         sign = np.sign(np.take_along_axis(local, axis, axis=0))
         normal = self.turn(np.where(np.arange(3)[:, None] == axis, sign, np.float32(0)), sign=-1)
@@ -110,7 +110,7 @@ Shape = Ground | Sphere | Box
 class Scene:
     shapes: tuple[Shape, ...]
     sun: Array  # [3], unit vector towards it
-    sun_colour: Array  # [3]
+    sun_color: Array  # [3]
     sky_color: Array  # [3], also the ambient light
     unit: float  # length that sizes are of the order of
 
@@ -174,7 +174,7 @@ def light(scene: Scene, points: Array, normal: Array) -> Array:
             lit &= ~np.isfinite(shape.intersect(start, scene.sun[:, None]))
     sun = np.maximum(dot(normal, scene.sun), 0) * lit
     sky = (0.65 + 0.35 * normal[2]) * np.float32(0.5)
-    return sun * scene.sun_colour[:, None] + sky * scene.sky_color[:, None]
+    return sun * scene.sun_color[:, None] + sky * scene.sky_color[:, None]
 
 
 def sample(texture: Array, uv: Array) -> Array:

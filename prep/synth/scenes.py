@@ -127,7 +127,7 @@ def f32(values: Any) -> np.ndarray:
 
 def make_scene(rng: np.random.Generator, category: str) -> Scene:
     """Two to five things about the origin of a textured ground, in a unit of length of its own, under a low sun."""
-    unit = float(rng.uniform(1, 8))  # structure from motion knows no metres either
+    unit = float(rng.uniform(1, 8))  # structure from motion knows no meters either
     ground = Ground(radius=rng.uniform(3.5, 6) * unit, texture=make_texture(rng), tile=rng.uniform(0.8, 2) * unit)
     shapes: list[Shape] = [ground]
     things = rng.integers(2, 6)
@@ -138,26 +138,26 @@ def make_scene(rng: np.random.Generator, category: str) -> Scene:
         place = np.array([np.cos(angle), np.sin(angle)]) * distance
         texture, tile = make_texture(rng), rng.uniform(0.5, 1.2) * unit
         if round_one:
-            centre = f32([*place, size]) * f32(unit)
-            shapes.append(Sphere(centre=centre, radius=size * unit, texture=texture, tile=tile))
+            center = f32([*place, size]) * f32(unit)
+            shapes.append(Sphere(center=center, radius=size * unit, texture=texture, tile=tile))
         else:
             half = size * rng.uniform(0.5, 1.2, 3)
-            centre = f32([*place, half[2]]) * f32(unit)
+            center = f32([*place, half[2]]) * f32(unit)
             yaw = rng.uniform(0, np.pi)
-            shapes.append(Box(centre=centre, half_size=f32(half * unit), yaw=yaw, texture=texture, tile=tile))
+            shapes.append(Box(center=center, half_size=f32(half * unit), yaw=yaw, texture=texture, tile=tile))
     azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.2)
     sun = f32([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
     return Scene(
         shapes=tuple(shapes),
         sun=sun,
-        sun_colour=f32(rng.uniform(0.7, 1.1)) * f32([1, rng.uniform(0.88, 1), rng.uniform(0.75, 1)]),
+        sun_color=f32(rng.uniform(0.7, 1.1)) * f32([1, rng.uniform(0.88, 1), rng.uniform(0.75, 1)]),
         sky_color=f32(rng.uniform([0.35, 0.45, 0.55], [0.6, 0.7, 0.9])),
         unit=unit,
     )
 
 
 def make_texture(rng: np.random.Generator, size: int = 128) -> np.ndarray:
-    """A repeating pattern in a colour of its own, with noise at several scales: [size, size, 3] in 0..1."""
+    """A repeating pattern in a color of its own, with noise at several scales: [size, size, 3] in 0..1."""
     base = rng.uniform(0.15, 0.9, 3)
     pattern = np.zeros((size, size), dtype=np.float32)
     for cells in (4, 8, 16, 32):
@@ -179,8 +179,8 @@ def make_orbit(rng: np.random.Generator, unit: float, frames: int) -> list[Camer
     """A hand-held walk around the origin: part of a circle, uneven in pace, height, distance and aim."""
     height, width = SIZES[int(rng.integers(len(SIZES)))]
     focal = max(height, width) / 2 / np.tan(rng.uniform(0.42, 0.62))
-    centre = (np.array([width, height]) - 1) / 2 + rng.normal(0, 0.01, 2) * width
-    intrinsics = np.array([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1.0]])
+    center = (np.array([width, height]) - 1) / 2 + rng.normal(0, 0.01, 2) * width
+    intrinsics = np.array([[focal, 0, center[0]], [0, focal, center[1]], [0, 0, 1.0]])
     start, turn = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2) * np.pi * rng.choice([-1, 1])
     azimuth = start + turn * np.linspace(0, 1, frames) + rng.normal(0, 0.02, frames)
     elevation = (

@@ -53,9 +53,9 @@ def offsets(packed):
 
 @pytest.mark.parametrize(("height", "width"), [(1080, 1440), (1440, 1080), (719, 1281)])
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.5, 0.6, 0.65, 0.8, 0.95, 1.0])
-def test_packed_depth_lies_on_the_plane(make_frame, height, width, share):
+def test_packed_depth_lies_on_the_plane(make_frame, height, width, fraction):
     frame = make_frame(height, width)
-    short_side = round(share * min(height, width))
+    short_side = round(fraction * min(height, width))
     packed = pack_frame(frame, FrameOptions(short_side=short_side))
     assert min(packed.meta.height, packed.meta.width) == short_side
     off = offsets(packed)
@@ -135,8 +135,8 @@ ROTATION = np.eye(4)[:3]
         (lambda f: f.depth.unlink(), "depth is missing"),
         (lambda f: f.depth.write_bytes(f.depth.read_bytes()[:-500]), "depth is truncated"),
         (lambda f: f.depth.write_bytes(b"IEND\xaeB`\x82"), "depth is damaged"),
-        (lambda f: cv2.imwrite(str(f.depth), np.ones((240, 320), np.uint8)), "depth is not a 16-bit grey PNG"),
-        (lambda f: cv2.imwrite(str(f.depth), np.ones((240, 320, 3), np.uint16)), "depth is not a 16-bit grey PNG"),
+        (lambda f: cv2.imwrite(str(f.depth), np.ones((240, 320), np.uint8)), "depth is not a 16-bit gray PNG"),
+        (lambda f: cv2.imwrite(str(f.depth), np.ones((240, 320, 3), np.uint16)), "depth is not a 16-bit gray PNG"),
         (lambda f: cv2.imwrite(str(f.depth), np.ones((10, 10), np.uint16)), "depth is not of the image's size"),
         (lambda f: cv2.imwrite(str(f.mask), np.ones((10, 10), np.uint8)), "depth mask is not of the image's size"),
         (lambda f: f.camera.extrinsics.__setitem__((0, 3), np.nan), "camera is not finite"),
@@ -144,7 +144,7 @@ ROTATION = np.eye(4)[:3]
         (lambda f: f.camera.extrinsics.__setitem__((0, 0), 1.1), "camera is not a rotation"),
         (lambda f: f.camera.intrinsics.__setitem__((0, 1), 2), "intrinsics are skewed"),
         (lambda f: f.camera.intrinsics.__setitem__((0, 0), -300), "intrinsics are not"),
-        (lambda f: f.camera.intrinsics.__setitem__((1, 2), 230), "principal point is far from the centre"),
+        (lambda f: f.camera.intrinsics.__setitem__((1, 2), 230), "principal point is far from the center"),
         (lambda f: f.camera.intrinsics.__setitem__((0, 0), 1e300), "focal length is impossible"),
         (lambda f: f.camera.intrinsics.__imul__([[0.001], [0.001], [1]]), "focal length is impossible"),
         (lambda f: f.camera.intrinsics.__setitem__((0, 0), 2000), "fx and fy are too different"),

@@ -1,4 +1,4 @@
-"""Captures in another layout than Co3D's are recognised by name."""
+"""Captures in another layout than Co3D's are recognized by name."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_a_stop_is_clean_and_said_and_the_same_command_goes_on(captures, shard_d
         process.send_signal(number)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert errors == "stopped; finished shards are kept, and the same command goes on from there\n"
+    assert errors == "stopped; finished shards are kept, and the same command continues from there\n"
     finish_pack(captures, out)
     assert tree(out) == tree(shard_dir)
 

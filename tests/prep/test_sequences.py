@@ -93,11 +93,11 @@ def test_a_camera_far_from_all_others_is_said_when_packing(editable, tmp_path):
 
 
 def test_depth_in_another_unit_is_said_when_packing_and_by_the_check_of_the_data(editable, tmp_path):
-    """Millimetres as whole numbers, read as half floats: the commonest mistake."""
+    """Millimeters as whole numbers, read as half floats: the commonest mistake."""
     for path in (editable / "co3d").glob("*/*/depths/*.png"):
         depth = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).view(np.float16).astype(np.float32)
-        millimetres = np.where(np.isfinite(depth), depth / np.median(depth[depth > 0]) * 2000, 0)  # a room
-        cv2.imwrite(str(path), millimetres.clip(0, 60000).astype(np.uint16))
+        millimeters = np.where(np.isfinite(depth), depth / np.median(depth[depth > 0]) * 2000, 0)  # a room
+        cv2.imwrite(str(path), millimeters.clip(0, 60000).astype(np.uint16))
     done = pack(editable, tmp_path / "set")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("DOUBTFUL: ") == 6

@@ -21,11 +21,11 @@ def distance_to_surface(scene, points):
             beyond = np.maximum(np.hypot(points[:, 0], points[:, 1]) - shape.radius, 0)
             distances.append(np.hypot(points[:, 2], beyond))
         elif isinstance(shape, Sphere):
-            distances.append(np.abs(np.linalg.norm(points - shape.centre, axis=1) - shape.radius))
+            distances.append(np.abs(np.linalg.norm(points - shape.center, axis=1) - shape.radius))
         else:
             assert isinstance(shape, Box)
             c, s = np.cos(shape.yaw), np.sin(shape.yaw)
-            x, y, z = (points - shape.centre).T
+            x, y, z = (points - shape.center).T
             local = np.stack([c * x + s * y, -s * x + c * y, z], axis=1)
             q = np.abs(local) - shape.half_size
             outside = np.linalg.norm(np.maximum(q, 0), axis=1)
@@ -63,20 +63,20 @@ def test_every_rendered_depth_lands_on_the_analytic_surface(index):
 
 
 def test_a_rendered_point_appears_where_the_camera_projects_it():
-    """Pixel centres are at whole numbers, x right, y down: a small sphere is seen around its projected centre."""
+    """Pixel centers are at whole numbers, x right, y down: a small sphere is seen around its projected center."""
     texture = np.ones((8, 8, 3), np.float32)
-    sphere = Sphere(centre=np.float32([0.3, -0.2, 0.4]), radius=0.05, texture=texture, tile=1.0)
+    sphere = Sphere(center=np.float32([0.3, -0.2, 0.4]), radius=0.05, texture=texture, tile=1.0)
     scene = make_scene(np.random.default_rng(0), "balls")
-    scene = type(scene)(shapes=(sphere,), sun=scene.sun, sun_colour=scene.sun_colour, sky_color=scene.sky_color, unit=1)
+    scene = type(scene)(shapes=(sphere,), sun=scene.sun, sun_color=scene.sun_color, sky_color=scene.sky_color, unit=1)
     k = np.array([[200.0, 0, 75.3], [0, 210.0, 61.8], [0, 0, 1]])
     camera = Camera(
         cam_from_world=look_at(np.array([2.0, 1, 1.5]), np.zeros(3), 0.3), intrinsics=k, height=120, width=160
     )
     _, depth, _ = render(scene, camera)
     rows, columns = np.nonzero(np.isfinite(depth))
-    centre = k @ (camera.cam_from_world @ [0.3, -0.2, 0.4, 1])
-    assert columns.mean() == pytest.approx(centre[0] / centre[2], abs=0.3)
-    assert rows.mean() == pytest.approx(centre[1] / centre[2], abs=0.3)
+    center = k @ (camera.cam_from_world @ [0.3, -0.2, 0.4, 1])
+    assert columns.mean() == pytest.approx(center[0] / center[2], abs=0.3)
+    assert rows.mean() == pytest.approx(center[1] / center[2], abs=0.3)
 
 
 def test_captures_are_in_the_layout_of_co3d(captures):

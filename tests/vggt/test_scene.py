@@ -24,20 +24,20 @@ def plane_scene():
     """Two cameras that look along z at the plane z = 4 of the first one's frame; the second is moved and turned."""
     angle = 0.3
     turn = torch.tensor([[np.cos(angle), 0, -np.sin(angle)], [0, 1, 0], [np.sin(angle), 0, np.cos(angle)]]).float()
-    centre = torch.tensor([1.0, 0.2, 0])
+    center = torch.tensor([1.0, 0.2, 0])
     extrinsics = torch.eye(4)[:3].repeat(2, 1, 1)
-    extrinsics[1] = torch.cat([turn, -(turn @ centre)[:, None]], dim=1)
+    extrinsics[1] = torch.cat([turn, -(turn @ center)[:, None]], dim=1)
     intrinsics = torch.tensor([[40.0, 0, WIDTH / 2], [0, 40, HEIGHT / 2], [0, 0, 1]]).repeat(2, 1, 1)
     pixels = torch.stack(torch.meshgrid(torch.arange(WIDTH), torch.arange(HEIGHT), indexing="xy"), -1).float()
     rays = torch.cat([(pixels - torch.tensor([WIDTH / 2, HEIGHT / 2])) / 40, torch.ones(HEIGHT, WIDTH, 1)], dim=-1)
     world_rays = torch.einsum("sji,hwj->shwi", extrinsics[:, :, :3], rays)  # R^T ray
-    depth = (4 - torch.tensor([0.0, centre[2]]))[:, None, None] / world_rays[..., 2]
+    depth = (4 - torch.tensor([0.0, center[2]]))[:, None, None] / world_rays[..., 2]
     predictions = {
         "pose_enc": encode_pose(extrinsics, intrinsics, HEIGHT, WIDTH)[None],
         "depth": depth[None, ..., None],
         "depth_conf": torch.rand(1, 2, HEIGHT, WIDTH) + 1,
     }
-    return predictions, torch.rand(2, 3, HEIGHT, WIDTH), centre
+    return predictions, torch.rand(2, 3, HEIGHT, WIDTH), center
 
 
 def test_points_of_all_views_meet_where_the_surface_is():
@@ -47,7 +47,7 @@ def test_points_of_all_views_meet_where_the_surface_is():
     assert np.abs(points[:, 2] - 4).max() < 1e-4
 
 
-def test_only_the_most_confident_finite_points_are_kept_in_their_own_colour():
+def test_only_the_most_confident_finite_points_are_kept_in_their_own_color():
     predictions, images, _ = plane_scene()
     images[1, :, 3, 5] = torch.tensor([1.0, 0.5, 0])
     predictions["depth_conf"][0, 1, 3, 5] = 10
@@ -61,19 +61,19 @@ def test_only_the_most_confident_finite_points_are_kept_in_their_own_colour():
 
 
 def test_cameras_are_drawn_where_they_stand_and_as_they_look():
-    predictions, _, centre = plane_scene()
+    predictions, _, center = plane_scene()
     points, colors = camera_wireframes(predictions["pose_enc"][0], HEIGHT, WIDTH, size=0.5)
     first, second = points.reshape(2, -1, 3)
     assert np.abs(first).min(0).max() < 1e-6  # its tip is the origin
     assert first[:, 2].max() == pytest.approx(0.5, abs=1e-6)
     assert np.abs(first[:, 0]).max() == pytest.approx(0.5 * WIDTH / 2 / 40, abs=1e-5)
-    assert np.abs(second - centre.numpy()).sum(1).min() < 1e-5
+    assert np.abs(second - center.numpy()).sum(1).min() < 1e-5
     assert colors[0].tolist() == [255, 0, 0]
     assert colors[-1].tolist() == [0, 0, 255]
 
 
 @pytest.mark.parametrize(("suffix", "axes"), [(".ply", [1, 1, 1]), (".glb", [1, -1, -1])])
-def test_scenes_open_elsewhere_with_their_points_colours_and_axes(tmp_path, suffix, axes):
+def test_scenes_open_elsewhere_with_their_points_colors_and_axes(tmp_path, suffix, axes):
     predictions, images, _ = plane_scene()
     path = tmp_path / f"scene{suffix}"
     count = write_scene(path, predictions, images, keep=0.5)
@@ -103,7 +103,7 @@ def write_photographs(folder, shapes):
     return folder
 
 
-def test_photographs_are_scaled_and_cut_about_their_centre(tmp_path):
+def test_photographs_are_scaled_and_cut_about_their_center(tmp_path):
     folder = write_photographs(tmp_path / "photos", [(60, 100), (90, 100), (30, 200), (400, 100)])
     (folder / "notes.txt").write_text("not an image")
     (folder / "._0.png").write_bytes(b"of another system")

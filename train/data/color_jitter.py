@@ -1,6 +1,6 @@
-"""Colour jitter: drawn with the scene, applied on the device to whole batches.
+"""Color jitter: drawn with the scene, applied on the device to whole batches.
 
-The definition is torchvision's ColorJitter (brightness, contrast, saturation, hue in random order) and greyscale;
+The definition is torchvision's ColorJitter (brightness, contrast, saturation, hue in random order) and grayscale;
 one draw serves all views of a scene with probability 0.7, else each view has its own.
 """
 
@@ -21,7 +21,7 @@ LUMA = (0.2989, 0.587, 0.114)
 def draw_color_jitter(rng: np.random.Generator, views: int) -> np.ndarray:
     """The jitter of each view of a scene: [views, 9].
 
-    Brightness, contrast, saturation, hue; the place of each in the order (-1: not applied); grey.
+    Brightness, contrast, saturation, hue; the place of each in the order (-1: not applied); gray.
     """
     if rng.random() < P_WHOLE_SCENE:
         return np.repeat(_draw(rng)[None], views, axis=0)
@@ -41,7 +41,7 @@ def no_color_jitter(views: int) -> np.ndarray:
 
 
 def apply_color_jitter(images: Tensor, color: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] with the jitter of each [N, 9]; `colour` stays on the CPU, so nothing syncs."""
+    """Images [N, 3, H, W] in [0, 1] with the jitter of each [N, 9]; `color` stays on the CPU, so nothing syncs."""
     operations: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (brightness, contrast, saturation, hue)
     if not ((color[:, 4:8] >= 0).any() or color[:, 8].any()):
         return images
@@ -55,11 +55,11 @@ def apply_color_jitter(images: Tensor, color: Tensor) -> Tensor:
                 images[chosen] = operation(images[chosen], amount)
     chosen = torch.nonzero(color[:, 8])[:, 0].to(images.device, non_blocking=True)
     if len(chosen):
-        images[chosen] = grey(images[chosen]).expand(-1, 3, -1, -1)
+        images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)
     return images
 
 
-def grey(images: Tensor) -> Tensor:
+def gray(images: Tensor) -> Tensor:
     """[N, 3, H, W] -> [N, 1, H, W]."""
     return (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
@@ -73,11 +73,11 @@ def brightness(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, amount: Tensor) -> Tensor:
-    return blend(images, grey(images).mean((2, 3), keepdim=True), amount)
+    return blend(images, gray(images).mean((2, 3), keepdim=True), amount)
 
 
 def saturation(images: Tensor, amount: Tensor) -> Tensor:
-    return blend(images, grey(images), amount)
+    return blend(images, gray(images), amount)
 
 
 def hue(images: Tensor, amount: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ MARGIN_FRACTION = 0.3  # of the longer target side, the most of a triangular dis
 
 
 def crop_scale(
-    size: tuple[int, int], centre: tuple[float, float], shape: StepShape, rng: np.random.Generator | None
+    size: tuple[int, int], center: tuple[float, float], shape: StepShape, rng: np.random.Generator | None
 ) -> float:
-    """Target pixels a source pixel, so that `shape`, centred on the principal point, lies within the image.
+    """Target pixels a source pixel, so that `shape`, centerd on the principal point, lies within the image.
 
-    size: height and width of the image; centre: principal point x, y. With an rng each side is first cut to a random
-    share of itself about the principal point, and a random margin is left around the target.
+    size: height and width of the image; center: principal point x, y. With an rng each side is first cut to a random
+    fraction of itself about the principal point, and a random margin is left around the target.
     """
-    sides = [2 * min(c + 0.5, n - 0.5 - c) for c, n in zip(centre, size[::-1], strict=True)]  # width, height
+    sides = [2 * min(c + 0.5, n - 0.5 - c) for c, n in zip(center, size[::-1], strict=True)]  # width, height
     margin = 0.0
     if rng is not None:
         sides = [side * min(1.0, rng.uniform(*CROP_RANGE)) for side in sides]
@@ -30,15 +30,15 @@ def crop_scale(
 
 
 def crop_image(
-    image: np.ndarray, decoded: float, centre: tuple[float, float], scale: float, shape: StepShape
+    image: np.ndarray, decoded: float, center: tuple[float, float], scale: float, shape: StepShape
 ) -> np.ndarray:
-    """Resample an image that was decoded at a share of its size, with the principal point in the target's centre.
+    """Resample an image that was decoded at a fraction of its size, with the principal point in the target's center.
 
-    `centre` and `scale` are those of the undecoded image. Returns [H, W, 3].
+    `center` and `scale` are those of the undecoded image. Returns [H, W, 3].
     """
     step = decoded / scale
     x, y = (
-        (c + 0.5) * decoded - 0.5 - (n - 1) / 2 * step for c, n in zip(centre, (shape.width, shape.height), strict=True)
+        (c + 0.5) * decoded - 0.5 - (n - 1) / 2 * step for c, n in zip(center, (shape.width, shape.height), strict=True)
     )
     return cv2.warpAffine(
         image,
@@ -49,8 +49,8 @@ def crop_image(
     )
 
 
-def crop_depth(depth: np.ndarray, centre: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
+def crop_depth(depth: np.ndarray, center: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
     """The same crop of a depth map, each pixel taken from its nearest one: depths are never averaged. [H, W]."""
-    columns = nearest((np.arange(shape.width) - (shape.width - 1) / 2) / scale + centre[0], depth.shape[1])
-    rows = nearest((np.arange(shape.height) - (shape.height - 1) / 2) / scale + centre[1], depth.shape[0])
+    columns = nearest((np.arange(shape.width) - (shape.width - 1) / 2) / scale + center[0], depth.shape[1])
+    rows = nearest((np.arange(shape.height) - (shape.height - 1) / 2) / scale + center[1], depth.shape[0])
     return depth[rows][:, columns]

@@ -3,7 +3,7 @@
 The sequences of a shard set form one endless stream: position p is number p % N of a permutation of the N sequences
 that belongs to pass p // N. A step takes the next scenes of the streams, by weight if there are several sets, each
 rank its own slice; the whole state of the data is (step, positions): nothing depends on worker processes, and a run
-goes on with any number of ranks.
+can be resumed with any number of ranks.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class DataConfig:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers: expected 0 or more, or null for automatic, found {self.workers}")
         if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad: expected a share from 0 to 1, found {self.max_bad}")
+            raise ValueError(f"max_bad: expected a fraction from 0 to 1, found {self.max_bad}")
         if self.val_scenes < 1 or self.val_views < 1 or self.val_aspect <= 0:
             raise ValueError("val_scenes and val_views: expected at least 1; val_aspect: expected more than 0")
 

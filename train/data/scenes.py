@@ -162,16 +162,16 @@ def load_view(
         raise members
     row = shard_set.row(frame)
     size = int(row["height"]), int(row["width"])
-    centre = (float(row["intrinsics"][0, 2]), float(row["intrinsics"][1, 2]))
-    scale = crop_scale(size, centre, shape, rng)
+    center = (float(row["intrinsics"][0, 2]), float(row["intrinsics"][1, 2]))
+    scale = crop_scale(size, center, shape, rng)
     jpeg, depth_bytes = members
     try:
         image, eighths = decode_jpeg(jpeg, scale)
         depth = None if depth_bytes is None else decode_depth(depth_bytes, *size)
     except ValueError as error:
         raise DamagedMemberError(shard_set.tars[row["tar"]], f"{shard_set.key(frame)}: {error}", shard_set) from error
-    cv2.split(crop_image(image, eighths / 8, centre, scale, shape), list(out["images"]))
-    out["depth"][:] = 0 if depth is None else crop_depth(depth, centre, scale, shape)
+    cv2.split(crop_image(image, eighths / 8, center, scale, shape), list(out["images"]))
+    out["depth"][:] = 0 if depth is None else crop_depth(depth, center, scale, shape)
     out["depth_scale"][...] = row["depth_scale"]
     out["extrinsics"][:] = row["extrinsics"]
     out["intrinsics"][:] = row["intrinsics"]

@@ -43,7 +43,7 @@ class OptimConfig:
         if self.lr <= 0 or self.clip <= 0 or self.weight_decay < 0:
             raise ValueError("lr and clip: expected more than 0; weight_decay: expected at least 0")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: expected a share of the steps from 0 to below 1, found {self.warmup}")
+            raise ValueError(f"warmup: expected a fraction of the steps from 0 to below 1, found {self.warmup}")
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from train.engine.parallel import Strategy
 from train.evaluation.metrics import METRICS
 from train.objective.losses import OBJECTIVE, LossConfig
 from train.runtime.precision import Precision
-from train.runtime.typed import Location, build, documented
+from train.runtime.typed import Location, build, closest, documented
 from train.runtime.yaml_files import read_yaml
 from vggt.config import PRESETS
 
@@ -108,8 +107,7 @@ class TrainConfig:
         if name == OBJECTIVE:
             return
         if name not in METRICS:
-            near = difflib.get_close_matches(name, [OBJECTIVE, *METRICS], n=1, cutoff=0.0)[0]
-            raise ValueError(f"checkpoint.best: no figure is called {name!r}; the nearest is {near}")
+            raise ValueError(f"checkpoint.best: no metric is called {name!r}{closest(name, [OBJECTIVE, *METRICS])}")
         missing = set(METRICS[name].heads) - set(self.loss.heads)
         if missing:
             raise ValueError(f"checkpoint.best: {name} needs the head(s) {', '.join(sorted(missing))}; see loss")

@@ -49,7 +49,7 @@ def mean_relative_pose(shard_sets: Sequence[ShardSet], views: int) -> Tensor:
 
 
 def baseline_metrics(batch: Batch, mean_pose: Tensor) -> dict[str, dict[str, float]]:
-    """The figures of each guess on a scene (a batch of one); those of depth only if there is some."""
+    """The metrics of each baseline on a scene (a batch of one); those of depth only if there is some."""
     truth = batch["extrinsics"][0].double()
     i, j = torch.triu_indices(len(truth), len(truth), offset=1)
     relative = relative_pose(truth[i], truth[j])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -49,12 +50,10 @@ def estimate(values: Sequence[float], groups: Sequence[str] | None = None) -> Es
     freedom = n - len(parts)
     if freedom < MIN_SCENES - 1:
         return Estimate(mean, n, None, None)
-    rng = np.random.default_rng(0)
     spread = np.zeros(DRAWS)
-    for part in parts:
+    for part, times in zip(parts, _resamples(tuple(map(len, parts))), strict=True):
         size = len(part)
-        means = rng.multinomial(size, np.full(size, 1 / size), DRAWS) @ part / size
-        spread += (means - part.mean()) * np.sqrt(size / max(size - 1, 1)) / len(parts)
+        spread += (times @ part / size - part.mean()) * np.sqrt(size / max(size - 1, 1)) / len(parts)
     low, high = mean + np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) * _student_over_normal(freedom)
     least, most = min(map(min, parts)), max(map(max, parts))  # a mean lies among its values
     return Estimate(mean, n, float(np.clip(low, least, most)), float(np.clip(high, least, most)))
@@ -67,6 +66,13 @@ def _by_group(values: Sequence[float], groups: Sequence[str] | None) -> list[np.
     names, group = np.unique(groups if groups is not None else [""] * len(values), return_inverse=True)
     x = np.asarray(values, np.float64)
     return [x[group == number] for number in range(len(names))]
+
+
+@lru_cache(maxsize=1)  # an evaluation has dozens of metrics of the same scenes
+def _resamples(sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """How often each scene of a group is drawn [DRAWS, size], for groups of these sizes."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(size, np.full(size, 1 / size), DRAWS).astype(np.float64) for size in sizes]
 
 
 def _student_over_normal(freedom: int) -> float:

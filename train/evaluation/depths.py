@@ -24,7 +24,7 @@ def depth_metrics(predicted: Tensor, truth: Tensor, mask: Tensor) -> dict[str, T
 def depth_errors(predicted: Tensor, truth: Tensor, mask: Tensor, align: Alignment) -> dict[str, Tensor]:
     """Errors over the masked pixels of each scene, of depths [B, S, H, W] and mask bool: [B] each, NaN without a pixel.
 
-    abs_rel: mean |p - t| / t; rmse: root of the mean (p - t)^2; delta_i: share of max(p / t, t / p) < 1.25^i, after
+    abs_rel: mean |p - t| / t; rmse: root of the mean (p - t)^2; delta_i: fraction of max(p / t, t / p) < 1.25^i, after
     Eigen et al. 2014. align: p is multiplied by median(t) / median(p) of each image or of the scene, or left alone.
     """
     p, t = predicted * depth_scale(predicted, truth, mask, align), torch.where(mask, truth, 1)

@@ -38,26 +38,28 @@ def _metrics() -> dict[str, Metric]:
     degrees, percent, pose = "{:.1f} degrees", "{:.1%}", ("camera",)
     found = {}
     for limit in reversed(AUC_LIMITS):
-        meaning = f"share of right pairs of views, over limits up to {limit} degrees"
+        meaning = f"fraction of right pairs of views, over limits up to {limit} degrees"
         found[f"auc_{limit}"] = Metric(f"pose AUC@{limit}", meaning, pose, higher_is_better=True)
     found["rotation_deg"] = Metric("camera rotation error", "between two views; 0 is perfect", pose, degrees)
-    direction = "of the way between two views; a guess gives 57"
+    direction = "between the directions from one view to another; random ones are off by 57"
     found["translation_deg"] = Metric("camera direction error", direction, pose, degrees)
     found["fov_deg"] = Metric("field of view error", "mean of height and width", pose, degrees)
     for part in ("rotation", "translation"):
         for limit in ACCURACY_LIMITS:
             label = f"{part} within {limit} degrees"
-            found[f"{part}_acc_{limit}"] = Metric(label, "share of the pairs of views", pose, percent, True)
+            found[f"{part}_acc_{limit}"] = Metric(label, "fraction of the pairs of views", pose, percent, True)
     unit = "in units of the scene's mean point distance"
     labels = {"": "depth error", "_image": "depth error, scaled by image", "_raw": "depth error, unscaled"}
     scalings = {"": "after one scale a scene", "_image": "after one scale an image", "_raw": "as it is predicted"}
     for suffix, how in scalings.items():
-        meaning = f"mean share of the true depth, {how}"
+        meaning = f"mean fraction of the true depth, {how}"
         found[f"depth_abs_rel{suffix}"] = Metric(labels[suffix], meaning, ("depth",), percent)
         found[f"depth_rmse{suffix}"] = Metric("depth RMSE", f"{unit}, {how}", ("depth",))
         for i in (1, 2, 3):
             label = f"depth within {DELTA**i:.3g}x"
-            found[f"depth_delta_{i}{suffix}"] = Metric(label, f"share of the pixels, {how}", ("depth",), percent, True)
+            found[f"depth_delta_{i}{suffix}"] = Metric(
+                label, f"fraction of the pixels, {how}", ("depth",), percent, True
+            )
     sources = {"points": ("depth", ("camera", "depth")), "point_map": ("point head", ("point",))}
     meanings = {
         "accuracy": "from predicted points to the nearest true ones",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QUERY_POINTS, CLOUD_POINTS = 4_000, 20_000  # of a scene: whose nearest neighbours are looked for, and among which
+QUERY_POINTS, CLOUD_POINTS = 4_000, 20_000  # of a scene: whose nearest neighbors are looked for, and among which
 DISTANCES_AT_ONCE = 50_000_000
 
 
@@ -15,7 +15,7 @@ def point_errors(predicted: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Te
     The predicted cloud is laid over the true one by the similarity that fits the pairs best. accuracy is the mean
     distance of a predicted point from its nearest true one, completeness of a true one from its nearest predicted one,
     chamfer their mean, as on DTU (Jensen et al. 2014) and in the VGGT paper. Of each cloud QUERY_POINTS, evenly chosen,
-    look for their neighbours among CLOUD_POINTS, so even two samples of one surface keep a distance of the order of
+    look for their neighbors among CLOUD_POINTS, so even two samples of one surface keep a distance of the order of
     the spacing of those.
     """
     scale, rotation, translation = umeyama(predicted, truth, mask)

@@ -47,15 +47,15 @@ def pose_metrics(rotation: Tensor, translation: Tensor) -> dict[str, Tensor]:
 
 
 def accuracy(errors: Tensor, limit: float) -> Tensor:
-    """The share of errors [..., N] below the limit: [...], NaN if one of them is."""
+    """The fraction of errors [..., N] below the limit: [...], NaN if one of them is."""
     return torch.where(errors.isnan().any(-1), torch.nan, (errors < limit).double().mean(-1))
 
 
 def pose_auc(errors: Tensor, limit: int) -> Tensor:
-    """Area under the share of errors [..., N] (degrees) below an angle, from 0 to `limit`, in bins of a degree: [...].
+    """Area under the fraction of errors [..., N] (degrees) below an angle, from 0 to `limit`, in bins of one [...].
 
-    The mean over t = 1 .. limit of the share of errors below t, the last with those that equal it (as numpy's histogram
-    has it, and so the published evaluation). NaN if an error is.
+    The mean over t = 1 .. limit of the fraction of errors below t, the last with those that equal it (as in numpy's
+    histogram, which the published evaluation uses). NaN if an error is.
     """
     edges = torch.arange(1, limit + 1, device=errors.device)
     below = errors[..., None] < edges

@@ -149,15 +149,15 @@ def dense_loss(
 ) -> dict[str, Tensor]:
     """predicted, truth [B, S, H, W, C], conf and mask [B, S, H, W] -> terms conf, reg, grad."""
     error = (truth - predicted).norm(dim=-1) if truth.shape[-1] > 1 else (truth - predicted).abs()[..., 0]
-    share = normalizer.gate * mask.sum() / normalizer.valid
+    fraction = normalizer.gate * mask.sum() / normalizer.valid
     weighted = error * conf - CONFIDENCE_WEIGHT * conf.log()
     if gradient == "normal":
         smooth = normal_term(predicted, truth, mask, normalizer.normals_at)
     else:
         smooth = gradient_term(predicted - truth, mask, normalizer.valid_at, conf if gradient == "grad_conf" else None)
     return {
-        "conf": share * filtered_mean(weighted, mask, valid_range),
-        "reg": share * filtered_mean(error, mask, valid_range),
+        "conf": fraction * filtered_mean(weighted, mask, valid_range),
+        "reg": fraction * filtered_mean(error, mask, valid_range),
         "grad": normalizer.gate * smooth,
     }
 
@@ -190,7 +190,7 @@ def subsample(x: Tensor, scale: int) -> Tensor:
 
 
 def gradient_term(error: Tensor, mask: Tensor, counts: list[Tensor], conf: Tensor | None) -> Tensor:
-    """Differences of the error [B, S, H, W, C] between neighbours that are both valid, at several scales.
+    """Differences of the error [B, S, H, W, C] between neighbors that are both valid, at several scales.
 
     conf [B, S, H, W] weights each difference by the confidence of its right or lower pixel.
     """
@@ -211,8 +211,8 @@ def gradient_term(error: Tensor, mask: Tensor, counts: list[Tensor], conf: Tenso
     return total / len(counts)
 
 
-def neighbours(x: Tensor) -> list[Tensor]:
-    """The upper, left, lower and right neighbour of each pixel of [B, S, H, W, ...], zero beyond the border."""
+def neighbors(x: Tensor) -> list[Tensor]:
+    """The upper, left, lower and right neighbor of each pixel of [B, S, H, W, ...], zero beyond the border."""
     up, left = torch.zeros_like(x), torch.zeros_like(x)
     down, right = torch.zeros_like(x), torch.zeros_like(x)
     up[:, :, 1:], left[:, :, :, 1:] = x[:, :, :-1], x[:, :, :, :-1]
@@ -222,13 +222,13 @@ def neighbours(x: Tensor) -> list[Tensor]:
 
 def normal_masks(mask: Tensor) -> Tensor:
     """Where each of the four normals of a pixel exists: [4, B, S, H, W]."""
-    around = neighbours(mask)
+    around = neighbors(mask)
     return torch.stack([mask & around[i] & around[(i + 1) % 4] for i in range(4)])
 
 
 def normals(points: Tensor) -> Tensor:
     """Unit normals of each pixel's four corners, up x left, left x down, ...: [4, B, S, H, W, 3]."""
-    rays = [neighbour - points for neighbour in neighbours(points)]
+    rays = [neighbor - points for neighbor in neighbors(points)]
     crosses = torch.stack([torch.linalg.cross(rays[i], rays[(i + 1) % 4]) for i in range(4)])
     return torch.nn.functional.normalize(crosses, dim=-1)
 

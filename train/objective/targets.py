@@ -17,14 +17,14 @@ Batch = dict[str, Tensor]
 
 
 def prepare(batch: dict[str, Any], device: torch.device, with_points: bool) -> Batch:
-    """A loader's batch -> tensors on the device, in float32 and in normalised units:
+    """A loader's batch -> tensors on the device, in float32 and in normalized units:
 
         images       [B, S, 3, H, W] in [0, 1]
         extrinsics   [B, S, 3, 4] camera-from-world, world = the first camera
         intrinsics   [B, S, 3, 3] pixels
         depth        [B, S, H, W]; mask: where it counts, bool [B, S, H, W]
         points       [B, S, H, W, 3] in the world (only with_points)
-        scale        [B] input units a normalised one; has_scale: whether it is defined, bool [B]
+        scale        [B] input units a normalized one; has_scale: whether it is defined, bool [B]
 
     A scene without a defined scale has an empty mask: it supervises rotation and field of view only.
     """

@@ -87,7 +87,7 @@ def _fresh_store() -> Store:
     """Where the ranks find each other, free of what ranks that died have left there.
 
     torchrun 2.13 gives ranks that it restarts the store of those before, with their addresses in it, and they may wait
-    for ever. On a single node all know how often that was. Raises ValueError on several, where they do not.
+    forever. On a single node all know how often that was. Raises ValueError on several, where they do not.
     """
     store, _, _ = next(rendezvous("env://"))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

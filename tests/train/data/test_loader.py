@@ -77,7 +77,7 @@ def test_a_batch_is_small_and_of_the_stated_types(split):
         assert torch.allclose(batch["intrinsics"][..., 0, 2], torch.tensor((w - 1) / 2).double())
         assert torch.allclose(batch["intrinsics"][..., 1, 2], torch.tensor((h - 1) / 2).double())
         size = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
-        assert size / (b * s) < 5.5 * h * w  # 3 bytes of colour, 2 of depth, the cameras
+        assert size / (b * s) < 5.5 * h * w  # 3 bytes of color, 2 of depth, the cameras
 
 
 def plane(k, height, width):
@@ -120,14 +120,14 @@ def test_reduced_decoding_does_not_shift_the_image(split):
     jpeg, _ = split.shard_sets[0].read(0)
     shape = StepShape(2, 56, 70)
     row = split.shard_sets[0].frames[0]
-    centre = (float(row["intrinsics"][0, 2]), float(row["intrinsics"][1, 2]))
+    center = (float(row["intrinsics"][0, 2]), float(row["intrinsics"][1, 2]))
     whole, _ = decode_jpeg(jpeg, 1.0)
     half, eighths = decode_jpeg(jpeg, 0.5)
     assert eighths == 4
-    a = crop_image(whole, 1.0, centre, 0.5, shape).astype(float)
+    a = crop_image(whole, 1.0, center, 0.5, shape).astype(float)
     errors = {}
     for shift in (-1, 0, 1):
-        b = crop_image(half, 0.5, (centre[0] + shift, centre[1]), 0.5, shape).astype(float)
+        b = crop_image(half, 0.5, (center[0] + shift, center[1]), 0.5, shape).astype(float)
         errors[shift] = np.abs(a - b).mean()
     assert errors[0] < 0.7 * min(errors[-1], errors[1])
 
@@ -225,7 +225,7 @@ def test_a_sequence_without_a_usable_frame_gives_way_to_the_next(shard_dir, spli
         one_scene(broken, Scene(0, 0, (1, 2), None), shape)
 
 
-def test_crops_and_colours_are_drawn_apart():
+def test_crops_and_colors_are_drawn_apart():
     """Two uses of one seed must not be one stream, which a zero at its end does not prevent."""
     draws = [
         np.random.default_rng(key).random() for key in ((5, *tail) for tail in ((_CROP, 0), (_CROP, 1), (_JITTER,)))
@@ -238,7 +238,7 @@ def test_validation_batches_are_always_the_same(split):
     plan, _ = validation_plan(config, split.lengths, 0, 1)
     for a, b in zip([load_step(split, s) for s in plan], [load_step(split, s) for s in plan], strict=True):
         same(a, b)
-        assert (a["color_jitter"][..., 4:] <= 0).all()  # no colour jitter
+        assert (a["color_jitter"][..., 4:] <= 0).all()  # no color jitter
 
 
 def test_a_split_that_is_not_there_is_named(shard_dir):

@@ -78,8 +78,8 @@ def test_shard_sets_are_mixed_by_weight_and_each_passes_evenly():
     lengths = (LENGTHS, LENGTHS[:4])
     ranks = [walk(MIXED, 150, rank=r, world_size=2, lengths=lengths) for r in range(2)]
     scenes = [scene for both in zip(*ranks, strict=True) for step in both for scene in step.scenes]
-    share = np.mean([scene.source == 0 for scene in scenes])
-    assert 0.72 < share < 0.78
+    fraction = np.mean([scene.source == 0 for scene in scenes])
+    assert 0.72 < fraction < 0.78
     for source, n in enumerate(map(len, lengths)):
         stream = [scene.sequence for scene in scenes if scene.source == source]
         for start in range(0, len(stream) - n + 1, n):

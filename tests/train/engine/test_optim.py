@@ -62,8 +62,8 @@ def test_the_schedule_is_a_warm_up_and_a_cosine_of_progress(total):
     """The same curve whatever the number of steps: a function of progress, taken in the middle of each step."""
     config = OptimConfig(lr=2.0, warmup=0.05)
     optimizer = make_optimizer(tiny(), config)
-    for share in (0.01, 0.04, 0.05, 0.3, 0.525, 0.9, 0.999):
-        step = int(share * total)
+    for fraction in (0.01, 0.04, 0.05, 0.3, 0.525, 0.9, 0.999):
+        step = int(fraction * total)
         progress = (step + 0.5) / total
         warm, cosine = progress / 0.05, (1 + math.cos(math.pi * (progress - 0.05) / 0.95)) / 2
         assert set_lr(optimizer, config, step, total) == pytest.approx(2 * (warm if progress < 0.05 else cosine))

@@ -11,7 +11,7 @@ from train.data.color_jitter import apply_color_jitter, draw_color_jitter, no_co
 from train.objective.targets import normalize_scenes, prepare
 
 
-def test_scene_normalisation_equals_published():
+def test_scene_normalization_equals_published():
     g = load_tensors(GOLDEN / "normalization.npz")
     extrinsics, depth, points, _ = normalize_scenes(g["extrinsics"], g["intrinsics"], g["depths"], g["point_masks"])
     for found, name in ((extrinsics, "extrinsics"), (depth, "depths"), (points, "world_points")):
@@ -61,7 +61,7 @@ def reference_jitter(image, values):
     """torchvision's definition, on one pixel after the other: image [H, W, 3] in [0, 1]."""
     image = image.copy()
     luma = np.array([0.2989, 0.587, 0.114])
-    brightness, contrast, saturation, hue, *order, grey = values
+    brightness, contrast, saturation, hue, *order, gray = values
     for turn in range(4):
         for name, place in zip("bcsh", order, strict=True):
             if place != turn:
@@ -77,15 +77,15 @@ def reference_jitter(image, values):
                     for pixel in row:
                         h, s, v = colorsys.rgb_to_hsv(*pixel)
                         pixel[:] = colorsys.hsv_to_rgb((h + hue) % 1, s, v)
-    return np.repeat((image @ luma)[..., None], 3, axis=-1) if grey else image
+    return np.repeat((image @ luma)[..., None], 3, axis=-1) if gray else image
 
 
-def test_colour_jitter_equals_an_independent_implementation():
+def test_color_jitter_equals_an_independent_implementation():
     rng = np.random.default_rng(0)
     color = np.concatenate([draw_color_jitter(rng, 3) for _ in range(8)])
-    color[5, 8] = 1  # one of them grey
+    color[5, 8] = 1  # one of them gray
     images = rng.random((24, 3, 6, 7), dtype=np.float32)
-    images[:, :, 0] = images[:, :1, 0]  # grey pixels, whose hue is undefined
+    images[:, :, 0] = images[:, :1, 0]  # gray pixels, whose hue is undefined
     found = apply_color_jitter(torch.from_numpy(images), torch.from_numpy(color)).numpy().transpose(0, 2, 3, 1)
     for i in range(24):
         expected = reference_jitter(images[i].transpose(1, 2, 0).astype(float), color[i])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -16,6 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from train.evaluation.scene_result import Cameras, SceneResult
 from train.report.charts import cumulative, line_chart
+from train.report.page import make_page
 from train.report.viewer import _upright, scene_figure
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -107,13 +109,15 @@ def test_every_place_of_the_template_is_filled(report):
     assert not re.search(r"<!-- \w+ -->", report.read_text().replace(get_plotlyjs(), ""))
 
 
-def test_names_in_the_report_cannot_become_markup(shard_dir, exported, tmp_path):
-    evil = tmp_path / "<script>x<"
-    evil.mkdir()
-    checkpoint = evil / "a.pt"
-    checkpoint.write_bytes(exported.read_bytes())
-    evaluate_here(shard_dir, checkpoint, tmp_path / "out")
-    assert "<script>x" not in (tmp_path / "out" / "report.html").read_text()
+def test_names_in_the_report_cannot_become_markup(report):
+    text = (report.parent / "results.json").read_text()
+    (label,) = json.loads(text)["checkpoints"]
+    evil = "<script>x</script>"
+    logged = [{"step": step, "split": evil, "loss_objective": 1.0} for step in (1, 2)]
+    scene = a_result(name=evil)
+    page = make_page(json.loads(text.replace(label, evil)), [("best", scene)], evil, logged)
+    assert "<script>x" not in page.replace(get_plotlyjs(), "")
+    assert "x</script>" not in page.replace(get_plotlyjs(), "")
 
 
 def a_result(**changes):
