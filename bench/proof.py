@@ -126,19 +126,19 @@ def overfit(location: str, steps: int) -> bool:
     inputs = prepare(batch, device, with_points=False)
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=None)).to(device)
-    figures = overfit_views(model, inputs, config, World(0, 1, 1, device))
+    metrics = overfit_views(model, inputs, config, World(0, 1, 1, device))
     reached = True
     for name, limit in OVERFIT.items():
-        figure = METRICS[name]
-        good = figures[name] > limit if figure.higher_is_better else figures[name] < limit
+        metric = METRICS[name]
+        good = metrics[name] > limit if metric.higher_is_better else metrics[name] < limit
         reached &= good
-        value, bound = figure.form.format(figures[name]), figure.form.format(limit)
-        print(f"  {'reached' if good else 'NOT REACHED'}: {figure.label} {value} (limit {bound})")
+        value, bound = metric.form.format(metrics[name]), metric.form.format(limit)
+        print(f"  {'reached' if good else 'NOT REACHED'}: {metric.label} {value} (limit {bound})")
     return reached
 
 
 def overfit_views(model: VGGT, batch: dict[str, torch.Tensor], config: TrainConfig, world: World) -> dict[str, float]:
-    """Train on one batch with the trainer's own step; the figures at the end."""
+    """Train on one batch with the trainer's own step; the metrics at the end."""
     optimizer = make_optimizer(model, config.optim)
     began = time.monotonic()
     for step in range(config.total_steps):
@@ -146,13 +146,13 @@ def overfit_views(model: VGGT, batch: dict[str, torch.Tensor], config: TrainConf
         outcome = train_step(model.train(), optimizer, batch, config, world)
         if (step + 1) % 50 == 0 or step + 1 == config.total_steps:
             with torch.no_grad():
-                figures = scene_metrics(model.eval()(batch["images"]), batch)
+                metrics = scene_metrics(model.eval()(batch["images"]), batch)
             told = ", ".join(
-                f"{METRICS[name].label} {METRICS[name].form.format(figures[name])}" for name in HEADLINE_METRICS
+                f"{METRICS[name].label} {METRICS[name].form.format(metrics[name])}" for name in HEADLINE_METRICS
             )
             objective, seconds = float(outcome.terms[OBJECTIVE]), time.monotonic() - began
             print(f"step {step + 1}, {seconds:.0f} s: objective {objective:.3f}, {told}", flush=True)
-    return figures
+    return metrics
 
 
 if __name__ == "__main__":

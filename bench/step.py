@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shards
-import train.main
+import train.engine.run
 from prep.packing.executors import process_pool
 from prep.packing.pack import pack
 from prep.packing.plan import PackOptions
@@ -44,12 +44,14 @@ from train.data.split import Split
 from train.engine.checkpoint import CheckpointConfig, save
 from train.engine.optim import clip_gradients, make_optimizer
 from train.engine.parallel import distribute, gradient_sync
+from train.engine.run import Run
 from train.engine.settings import TrainConfig
 from train.engine.step import forward_backward
 from train.objective.losses import losses, normalizer_of
 from train.objective.targets import Batch, normalize_scenes, prepare
 from train.report.logger import Reporter
 from train.runtime.distributed import World, start_world
+from train.runtime.stop import StopRequest
 from vggt import VGGT, preset
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +94,7 @@ class Sink(Reporter):
     """Reports as a run does, and keeps the scalars."""
 
     def __init__(self, out_dir: Path, total_steps: int) -> None:
-        super().__init__(out_dir, is_main=True, first_step=0, total_steps=total_steps)
+        super().__init__(out_dir, is_main=True, first_step=0, total_steps=total_steps, resumed=False)
         self.console.quiet = True
         self.kept: list[dict[str, float]] = []
 
@@ -101,24 +103,36 @@ class Sink(Reporter):
         self.kept.append(values)
 
 
+class LoopOnly(Run):
+    """A run without validations and checkpoints."""
+
+    def _validate(self, state: DataState) -> bool:
+        return False
+
+    def _save(self, state: DataState, *, stopped: bool = False) -> None:
+        pass
+
+
 def run_loop(config: TrainConfig, model: VGGT, optimizer: Any, split: Split, batches: Any, reporter: Reporter) -> None:
-    """train.main.train on these batches, without validation and checkpoints."""
+    """The trainer's loop on these batches."""
     plan = plan_of(config, split)
-    train.main.stream = lambda *_, **__: batches
-    train.main.train(
-        config,
-        ALONE,
-        model,
-        optimizer,
-        split,
-        plan,
-        plan.start(),
-        0,
-        reporter,
-        lambda step: None,
-        lambda after, stopped: None,
-        [],
+    train.engine.run.stream = lambda *_, **__: batches
+    work = LoopOnly(
+        config=config,
+        world=ALONE,
+        model=model,
+        shared=model,
+        optimizer=optimizer,
+        plan=plan,
+        streams={},
+        init_fingerprint=None,
+        train_split=split,
+        validator=None,
+        workers=0,
+        reporter=reporter,
+        stop=StopRequest(),
     )
+    work.train(plan.start())
 
 
 def loop() -> None:
@@ -146,7 +160,7 @@ def loop() -> None:
             run_loop(config, model, optimizer, split, iter(raws), reporter)
 
         with reporter:
-            print("the loop's step over the bare one (at most 1.03):", ratio(ours, lambda: plain(prepared)))
+            print("the loop's step over a plain one (at most 1.03):", ratio(ours, lambda: plain(prepared)))
             print(
                 "the same, preparing the batch (floats, jitter, scale) in both:",
                 ratio(ours, lambda: plain([prepare(raw, ALONE.device, with_points=False) for raw in raws])),
