@@ -39,7 +39,8 @@ from train.evaluation.results import make_results
 from train.evaluation.scene_result import SceneResult
 from train.report.logger import METRICS_FILE
 from train.report.page import make_page
-from train.report.words import describe_damage, headline, remarks, table, verdicts
+from train.report.tables import table
+from train.report.words import describe_damage, headline, remarks, verdicts
 from train.runtime.distributed import World, fail, start_world
 from train.runtime.jsonl import read_jsonl
 from train.runtime.precision import Precision

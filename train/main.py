@@ -38,9 +38,9 @@ from train.engine.folder import (
 )
 from train.engine.lineage import what_is_validated
 from train.engine.memory import dry_run
+from train.engine.mixture import mixture_changes, new_streams, saved_streams, state_of
 from train.engine.optim import freeze, make_optimizer
 from train.engine.parallel import distribute, load_optimizer
-from train.engine.recipe import new_streams, recipe_changes, saved_streams, state_of
 from train.engine.run import Run
 from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
 from train.evaluation.validation import Validator
@@ -99,7 +99,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         check_resumable(saved, config, shard_sets)
         config = with_init_of(config, saved["config"].get("init"))
         init_fingerprint = saved.get("init_fingerprint")
-        changes = recipe_changes(shard_sets, config.data.sources, saved)
+        changes = mixture_changes(shard_sets, config.data.sources, saved)
         if world.is_main and not dry:
             keep_former_choices(out_dir, saved["config"], config)
     validated = world.from_main(lambda: what_is_validated(config, train_split, val_split))

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from prep.importers.cameras import read_camera
+from prep.importers.co3d_cameras import read_camera
 from prep.importers.layouts import recognized
 from prep.importers.source import Frame, Sequence
 from shards.index import sha256

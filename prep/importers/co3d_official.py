@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prep.importers.cameras import read_camera
 from prep.importers.co3d import (
     FRAME_FILE,
     NO_FOLDER,
@@ -27,6 +26,7 @@ from prep.importers.co3d import (
     read_list,
     sequence_name,
 )
+from prep.importers.co3d_cameras import read_camera
 from prep.importers.source import Frame, Sequence
 from shards.index import sha256
 from shards.schema import SPLITS

@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Camera(Protocol):
-    """A camera as the dataset writes it, such as those of prep.importers.cameras."""
+    """A camera as the dataset writes it, such as those of prep.importers.co3d_cameras."""
 
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Extrinsics [3, 4], camera-from-world with OpenCV's axes, and intrinsics [3, 3] of an image of this size.

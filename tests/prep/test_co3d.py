@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shards
-from prep.importers.cameras import ISOTROPIC, NORM_IMAGE_BOUNDS, read_camera
 from prep.importers.co3d import Co3D
+from prep.importers.co3d_cameras import ISOTROPIC, NORM_IMAGE_BOUNDS, read_camera
 from prep.importers.co3d_official import OfficialCo3D
 
 FLIP = np.diag([-1.0, -1.0, 1.0])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planes import plane_depth, stripes
 
-from prep.importers.cameras import OpenCVCamera
+from prep.importers.co3d_cameras import OpenCVCamera
 from prep.importers.source import Frame
 from prep.packing.frames import BadFrameError, FrameOptions, pack_frame
 from shards.codecs import decode_depth, decode_jpeg, encode_jpeg

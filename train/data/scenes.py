@@ -33,8 +33,6 @@ from train.data.split import Members, Split, frame_rows, read_step
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
-
 _CROP, _JITTER = 1, 2  # uses of a scene's seed; not 0, which a seed sequence cannot tell from nothing
 MAX_DAMAGED = 200  # frames of a scene: beyond that there is no point in looking for others
 Arrays = dict[str, np.ndarray]

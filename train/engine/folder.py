@@ -13,7 +13,7 @@ from typing import Any
 from shards import ShardSet
 from shards.locks import locked
 from train.engine.checkpoint import BEST, best_saved, find_newest, keep, load, step_file, steps_saved
-from train.engine.recipe import saved_streams
+from train.engine.mixture import saved_streams
 from train.engine.settings import TrainConfig, read_config, to_dict
 from train.evaluation.history import ValidationHistory, compared_plan
 from train.report.logger import METRICS_FILE

@@ -17,9 +17,9 @@ from train.data.split import Split
 from train.engine.checkpoint import mark_best, save, steps_saved
 from train.engine.folder import REQUEUE_FILE
 from train.engine.memory import explain_oom, peak_gb
+from train.engine.mixture import Streams, streams_at
 from train.engine.optim import set_lr
 from train.engine.parallel import full_state_dict
-from train.engine.recipe import Streams, streams_at
 from train.engine.settings import TrainConfig, to_dict
 from train.engine.step import StepOutcome, train_step
 from train.engine.tally import Tally, Window
@@ -36,7 +36,7 @@ from vggt.model import VGGT
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run at work. model: the model itself; shared: the same as the ranks share it; streams: see engine/recipe.py."""
+    """A run at work. model: the model itself; shared: as the ranks share it; streams: see engine/mixture.py."""
 
     config: TrainConfig
     world: World

@@ -76,7 +76,7 @@ METRICS = _metrics()
 
 
 def scene_metrics(predictions: dict[str, Any], batch: Batch) -> dict[str, float]:
-    """All of FIGURES that are defined for one scene; predictions and batch are of one. NaN: a prediction is not finite.
+    """All of METRICS that are defined for one scene; predictions and batch are of one. NaN: a prediction is not finite.
 
     There are none of poses without a camera head or a second view, none of depth without a depth head or true depth;
     `points` come from depth and cameras, `point_map` from the point head.
@@ -113,12 +113,3 @@ def predicted_points(predictions: dict[str, Any], height: int, width: int) -> di
     if "world_points" in predictions:
         found["point_map"] = predictions["world_points"].float()
     return found
-
-
-# Cameras
-
-
-# Depth
-
-
-# Points

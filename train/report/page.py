@@ -15,8 +15,9 @@ from train.evaluation.metrics import METRICS
 from train.evaluation.scene_result import SceneResult
 from train.report.charts import run_charts, spread_charts
 from train.report.pictures import scene_block
+from train.report.tables import category_table, metric_table, shown_columns
 from train.report.viewer import scene_figure
-from train.report.words import COLUMNS, cell, comparison_line, headline, in_short, remarks, shown_columns
+from train.report.words import comparison_line, headline, in_short, remarks
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -70,42 +71,6 @@ def summary(results: dict[str, Any]) -> str:
 def _verdict(comparison: dict[str, Any]) -> str:
     kind = {1: "good", -1: "bad", 0: "unsure"}[comparison["gain"]]
     return f'<li class="{kind}">{html.escape(comparison_line(comparison))}</li>'
-
-
-def metric_table(results: dict[str, Any]) -> str:
-    """Checkpoints, baselines and published values, with their intervals in small print: a row a metric."""
-    columns = [
-        (kind, label, row["metrics"]) for kind in ("checkpoints", "baselines") for label, row in results[kind].items()
-    ]
-    rows = [
-        _row("", [html.escape(label) for _, label, _ in columns] + [*map(html.escape, results["reference"])], "titles")
-    ]
-    for name in shown_columns(results):
-        cells = [_with_interval(name, estimates.get(name)) for _, _, estimates in columns]
-        cells += [cell(name, values) for values in results["reference"].values()]
-        rows.append(_row(COLUMNS[name], cells))
-    return f"<table>{''.join(rows)}</table>"
-
-
-def category_table(results: dict[str, Any], shown: str) -> str:
-    """The shown checkpoint's metrics in each category."""
-    columns = shown_columns(results)
-    rows = [_row("", ["sequences", *(html.escape(COLUMNS[name]) for name in columns)], "titles")]
-    for category, count in results["sequences"].items():
-        means = results["checkpoints"][shown]["categories"].get(category, {})
-        rows.append(_row(category, [str(count), *(cell(name, means) for name in columns)]))
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _row(label: str, values: list[str], kind: str = "") -> str:
-    return f'<tr class="{kind}"><th>{html.escape(label)}</th>{"".join(f"<td>{value}</td>" for value in values)}</tr>'
-
-
-def _with_interval(name: str, estimate: dict[str, Any] | None) -> str:
-    if estimate is None:
-        return ""
-    low, high = (cell(name, {name: estimate[end]} if estimate[end] is not None else {}) for end in ("low", "high"))
-    return cell(name, {name: estimate["mean"]}) + (f"<small>{low} to {high}</small>" if low else "")
 
 
 def scene_section(reason: str, scene: SceneResult) -> str:

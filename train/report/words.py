@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
-
 from train.evaluation.bootstrap import MIN_SCENES
 from train.evaluation.metrics import METRICS, Metric
 from train.evaluation.results import PUBLISHED_CATEGORIES
@@ -16,19 +14,6 @@ from train.objective.losses import OBJECTIVE
 # Of all the metrics of a validation, those that its line shows.
 HEADLINE_METRICS = (OBJECTIVE, "auc_30", "rotation_deg", "translation_deg", "depth_abs_rel", "points_chamfer")
 OBJECTIVE_METRIC = Metric("objective", "what training minimizes", ())
-COLUMNS = {
-    "auc_30": "AUC@30",
-    "auc_15": "AUC@15",
-    "auc_5": "AUC@5",
-    "auc_3": "AUC@3",
-    "rotation_deg": "rotation",
-    "translation_deg": "direction",
-    "fov_deg": "field of view",
-    "depth_abs_rel": "depth error",
-    "depth_delta_1": "depth < 1.25",
-    "points_chamfer": "chamfer",
-    "point_map_chamfer": "chamfer (point head)",
-}
 
 
 def count(number: int, singular: str, plural: str | None = None) -> str:
@@ -176,36 +161,6 @@ def verdicts(results: dict[str, Any]) -> list[str]:
             lines.append(f"Against {compared[0]['before']}:")
             lines += [f"  {comparison_line(c)}" for c in compared]
     return lines
-
-
-def table(results: dict[str, Any]) -> Table:
-    """A row a metric; checkpoints, the best baseline and the published values as columns."""
-    checkpoints = results["checkpoints"]
-    rows = Table("")
-    for label in (*checkpoints, "best baseline", *results["reference"]):
-        rows.add_column(label, overflow="fold")
-    for name in shown_columns(results):
-        columns = [_means(row) for row in checkpoints.values()]
-        baselines = [_means(row) for row in results["baselines"].values() if name in row["metrics"]]
-        best = max if METRICS[name].higher_is_better else min
-        columns.append(best(baselines, key=lambda means: means[name]) if baselines else {})
-        columns += results["reference"].values()
-        rows.add_row(COLUMNS[name], *(cell(name, means) for means in columns))
-    return rows
-
-
-def shown_columns(results: dict[str, Any]) -> list[str]:
-    """Those of COLUMNS that a checkpoint has."""
-    return [name for name in COLUMNS if any(name in row["metrics"] for row in results["checkpoints"].values())]
-
-
-def cell(name: str, values: dict[str, float]) -> str:
-    """A metric in short, empty where there is none."""
-    return METRICS[name].form.replace(" degrees", "°").format(values[name]) if name in values else ""
-
-
-def _means(row: dict[str, Any]) -> dict[str, float]:
-    return {name: e["mean"] for name, e in row["metrics"].items()}
 
 
 def _few(names: list[str], most: int = 5) -> str:

@@ -42,7 +42,7 @@ def state_of(step: int, streams: Streams) -> DataState:
     return DataState(step, tuple(position for _, position in streams.values()))
 
 
-def recipe_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSource], saved: dict[str, Any]) -> list[str]:
+def mixture_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSource], saved: dict[str, Any]) -> list[str]:
     """What a resumed run does differently, for people."""
     before, now = set(saved["shards"]), {shard_set.digest for shard_set in shard_sets}
     joined = [str(shard_set) for shard_set in shard_sets if shard_set.digest not in before]
