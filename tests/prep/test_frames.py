@@ -52,7 +52,7 @@ def offsets(packed):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1080, 1440), (1440, 1080), (719, 1281)])
-@pytest.mark.parametrize("share", [0.3, 0.45, 0.5, 0.6, 0.65, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("fraction", [0.3, 0.45, 0.5, 0.6, 0.65, 0.8, 0.95, 1.0])
 def test_packed_depth_lies_on_the_plane(make_frame, height, width, fraction):
     frame = make_frame(height, width)
     short_side = round(fraction * min(height, width))

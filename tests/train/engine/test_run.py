@@ -366,7 +366,7 @@ def test_captures_without_depth_pack_and_train_cameras(captures, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "stops"), [(0.2, True), (0.01, False)])
+@pytest.mark.parametrize(("fraction", "stops"), [(0.2, True), (0.01, False)])
 def test_too_many_damaged_frames_stop_the_run_and_few_are_reported(shard_dir, tmp_path, fraction, stops):
     shutil.copytree(shard_dir, tmp_path / "set")
     opened = shards.open(tmp_path / "set")
