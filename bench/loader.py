@@ -200,7 +200,9 @@ PLANNED = """
 import sys, time
 import shards
 from pathlib import Path
-from train.data.loader import Split, TrainingSteps, make_loader
+from train.data.batches import TrainingSteps
+from train.data.split import Split
+from train.data.workers import make_loader
 from train.data.plan import DataConfig, TrainingPlan
 def steps(views, last):
     split = Split([shards.open(sys.argv[1])], "train")

@@ -125,6 +125,7 @@ def run_loop(config: TrainConfig, model: VGGT, optimizer: Any, split: Split, bat
         optimizer=optimizer,
         plan=plan,
         streams={},
+        places={},
         init_fingerprint=None,
         train_split=split,
         validator=None,

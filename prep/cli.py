@@ -206,7 +206,7 @@ def info_command(shard_set: str) -> None:
 def verify_command(shard_set: str, sample: float, workers: int) -> None:
     """Check every byte of a shard set.
 
-    The hashes, the structure of the tars, the index, the cameras, and that the webdataset library reads the same.
+    The hashes, the structure of the tars, the index and the cameras.
     Ends with exit code 1 if anything is wrong. SHARD_SET is a directory or a URL.
 
     \b
@@ -215,7 +215,7 @@ def verify_command(shard_set: str, sample: float, workers: int) -> None:
     """
     from prep.verify import verify
 
-    with plain_errors(), process_pool(workers, ["prep.verify", "webdataset"]) as pool, progress_bar("tars") as bar:
+    with plain_errors(), process_pool(workers, ["prep.verify"]) as pool, progress_bar("tars") as bar:
         tasks: list[TaskID] = []
         result = verify(
             shard_set,
@@ -248,7 +248,7 @@ def index_command(shard_set: Path, workers: int) -> None:
     """
     from shards.build_index import rebuild_index
 
-    with plain_errors(), process_pool(workers, ["shards.index"]) as pool, progress_bar("tars") as bar:
+    with plain_errors(), process_pool(workers, ["shards.build_index"]) as pool, progress_bar("tars") as bar:
         tasks: list[TaskID] = []
         frames = rebuild_index(
             shard_set,

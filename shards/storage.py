@@ -173,7 +173,7 @@ class _Steady(Callback):
         super().relative_update(inc)
         took = time.monotonic() - self.began
         if took > PATIENCE and self.value < MIN_RATE * took:
-            raise TimeoutError(f"only {self.value} bytes came in {took:.0f} s")
+            raise OSError(f"only {self.value} bytes came in {took:.0f} s")  # fsspec would lose what a TimeoutError says
 
 
 def _tried(where: str, call: Callable[[], Result]) -> Result:

@@ -43,7 +43,7 @@ def list_keys() -> str:
     for key, default, text in options(TrainConfig):
         plain = list(default) if isinstance(default, tuple) else default
         shown = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
-        lines.append(f"  {f'{key}={shown}':<34}  {text}".replace("%", "%%"))
+        lines.append(f"  {f'{key}={shown}':<34}  {text}")
     return "\n".join(lines)
 
 

@@ -123,9 +123,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         damaged |= bad  # the same for each checkpoint, as the baselines are
     if not world.is_main:
         return
-    rows = zip(evaluator.sequences, baselines[0].by_scene, strict=True)
-    unusable = [sequence.label for sequence, row in rows if not row]
-    results = make_results(evaluator.sequences, protocol, checkpoints, baselines, unusable)
+    results = make_results(evaluator.sequences, protocol, checkpoints, baselines)
     for label, row in results["checkpoints"].items():
         row["heads"] = heads[label]
     results |= {"shards": {str(shard_set): shard_set.digest for shard_set in shard_sets}}
@@ -172,7 +170,7 @@ def what_is_known(labels: list[str], evaluator: Evaluator, split: str, allow_sha
     shared = shared_places(trained, [(shard_set, split) for shard_set in shard_sets], only)
     if not allow_shared_frames:
         shared.check("--allow-shared-frames")
-    return "; ".join([shared.words] * shared.any + unknown)
+    return "; ".join([shared.words] * shared.any + [*dict.fromkeys(unknown)])
 
 
 def run_of(source: str) -> Path | None:
@@ -198,7 +196,9 @@ def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], sho
             file.write(json.dumps(results, indent=1).encode())
         run = run_of(shown)
         with atomic_file(out / PAGE_FILE) as file:
-            file.write(make_page(results, gallery, shown, read_jsonl(run / METRICS_FILE) if run else []).encode())
+            file.write(
+                make_page(results, gallery, shown, read_jsonl(run / METRICS_FILE, "split") if run else []).encode()
+            )
     finally:  # neither a full disk nor a closed terminal may lose the results
         console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         console.print(headline(results))

@@ -97,7 +97,7 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         # Held in bf16, they are rounded.
         if name not in trained and not (name in base and torch.equal(base[name].to(value.dtype), value)):
             raise ValueError(f"{init}: {name} is frozen, but has other values: {checkpoint} did not start from it")
-    if saved.get("init_fingerprint") not in (None, fingerprint(base)):
+    if saved.get("init_fingerprint") is not None and saved["init_fingerprint"] != fingerprint(base):
         raise ValueError(f"{init}: is not the checkpoint that {checkpoint} started from; give that one as --init")
     state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
     return state, config | {"heads": list(heads_in(base))}, len(trained)

@@ -13,6 +13,7 @@ import logging
 import signal
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,21 @@ from train.engine.folder import (
     real_name,
     with_init_of,
 )
-from train.engine.lineage import what_is_validated
+from train.engine.lineage import former_places, what_is_validated
 from train.engine.memory import dry_run
 from train.engine.mixture import mixture_changes, new_streams, saved_streams, state_of
 from train.engine.optim import freeze, make_optimizer
 from train.engine.parallel import distribute, load_optimizer
 from train.engine.run import Run
 from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
-from train.evaluation.validation import Validator
+from train.evaluation.validation import Validator, scene_names
 from train.report.logger import Reporter
 from train.runtime.distributed import World, fail, start_world
 from train.runtime.stop import STOP_SIGNALS, StopRequest
 from vggt import VGGT, preset
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
-from vggt.weights import fingerprint, load_weights, read_checkpoint
+from vggt.weights import fill, fingerprint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -94,18 +95,15 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     changes: list[str] = []
     if saved is None:
         config = replace(config, init=config.init and real_name(config.init))
-        init_fingerprint = world.from_main(lambda: config.init and fingerprint(read_checkpoint(config.init)[0]))
     else:
         check_resumable(saved, config, shard_sets)
         config = with_init_of(config, saved["config"].get("init"))
-        init_fingerprint = saved.get("init_fingerprint")
         changes = mixture_changes(shard_sets, config.data.sources, saved)
-        if world.is_main and not dry:
-            keep_former_choices(out_dir, saved["config"], config)
-    validated = world.from_main(lambda: what_is_validated(config, train_split, val_split))
+    validated = world.from_main(partial(what_is_validated, config, train_split, val_split, saved))
 
     # Model, optimizer, plan
-    model = make_model(config, saved).to(world.device).train()
+    model, init_fingerprint = make_model(config, saved, world)
+    model.to(world.device).train()
     if config.compile:
         compile_blocks(model)
     shared = distribute(model, config.strategy, bf16=config.precision == "bf16", world=world)
@@ -123,7 +121,8 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         world_size=world.size,
     )
     state = state_of(0 if saved is None else saved["data"]["step"], streams)
-    resumed = saved is not None
+    resumed, former_config = saved is not None, saved and saved["config"]
+    places = {**former_places(saved), **{s.digest: str(s) for s in shard_sets}}
     del saved
     about = describe_start(config, model, train_split, val_split, validated, world, workers)
     if dry:
@@ -133,6 +132,9 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         return
 
     # What people see
+    if former_config is not None and world.is_main:
+        names = scene_names(val_split, config.data) if val_split else []
+        keep_former_choices(out_dir, former_config, config, names)
     total = config.total_steps
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=total, resumed=resumed)
     if state.step:
@@ -158,6 +160,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         optimizer=optimizer,
         plan=plan,
         streams=before | streams,
+        places=places,
         init_fingerprint=init_fingerprint,
         train_split=train_split,
         validator=val_split
@@ -188,18 +191,21 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         reporter.say(describe_run(config, out_dir, validated))
 
 
-def make_model(config: TrainConfig, saved: dict[str, Any] | None) -> VGGT:
-    """The model of a run, with the weights of a checkpoint of it, of `init`, or random ones."""
+def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) -> tuple[VGGT, str | None]:
+    """The model of a run, with the weights of a checkpoint of it, of `init`, or random ones; and what tells `init`."""
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
+    init_fingerprint = None if saved is None else saved.get("init_fingerprint")
     if config.init is not None and saved is None:
-        load_weights(model, config.init)
+        state, _ = read_checkpoint(config.init)
+        fill(model, state, config.init)
+        init_fingerprint = fingerprint(state) if world.is_main else None  # which alone writes it down
     freeze(model, config.model.freeze)
     if config.model.aggregator_dtype == "bf16":
         hold_in_bf16(model.aggregator)
     if saved is not None:
         model.load_state_dict(saved["model"])
-    return model
+    return model, init_fingerprint
 
 
 if __name__ == "__main__":

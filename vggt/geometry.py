@@ -68,7 +68,7 @@ def encode_pose(extrinsics: Tensor, intrinsics: Tensor, height: int, width: int)
     """Camera-from-world [..., 3, 4] and pixel intrinsics [..., 3, 3] -> pose encodings [..., 9].
 
     Translation 3, quaternion x y z w 4, vertical and horizontal field of view in radians. The principal point is
-    not encoded: the image is taken to be centerd on it. Differentiable in both arguments.
+    not encoded: the image is taken to be centered on it. Differentiable in both arguments.
     """
     fov_y = 2 * torch.atan(height / 2 / intrinsics[..., 1, 1])
     fov_x = 2 * torch.atan(width / 2 / intrinsics[..., 0, 0])

@@ -23,7 +23,7 @@ MAX_PIXEL_ASPECT = 3.0  # fx over fy, or fy over fx
 MAX_TRANSLATION = 1e10  # beyond it double precision leaves too little
 MAX_SOURCE_TRANSLATION = MAX_TRANSLATION / 10  # the origin is moved before cameras are stored
 SKEW_TOLERANCE = 1e-6  # of the focal length
-MAX_OFF_CENTRE = 0.375  # of a side: crops for training are centerd on the principal point, and would be tiny
+MAX_OFF_CENTER = 0.375  # of a side: crops for training are centered on the principal point, and would be tiny
 JPEG_START = b"\xff\xd8"
 PNG_END = b"IEND\xaeB`\x82"
 
@@ -129,7 +129,7 @@ def check_camera(extrinsics: np.ndarray, k: np.ndarray, height: int, width: int)
     if max(focal) > MAX_PIXEL_ASPECT * min(focal):
         raise BadFrameError("fx and fy are too different", f"{k[0, 0]} and {k[1, 1]}")
     places = (k[:2, 2] + 0.5) / (width, height)
-    if np.abs(places - 0.5).max() > MAX_OFF_CENTRE:
+    if np.abs(places - 0.5).max() > MAX_OFF_CENTER:
         raise BadFrameError("principal point is far from the center", f"at {places} of the sides")
 
 

@@ -176,7 +176,7 @@ def test_a_second_pack_into_the_same_place_is_refused(captures, shard_dir, tmp_p
 
 
 @pytest.mark.slow
-def test_what_a_damaged_set_left_out_is_still_reported_when_it_is_mended(editable, tmp_path):
+def test_what_a_damaged_set_left_out_is_still_reported_when_it_is_repaired(editable, tmp_path):
     _, _, category, name = first_sequence(editable)
     image = editable / "co3d" / category / name / "images" / "frame000003.jpg"
     image.write_bytes(image.read_bytes()[:3000])
@@ -351,7 +351,7 @@ def test_of_a_damaged_set_only_what_is_damaged_is_made_again(captures, shard_dir
     assert tree(out) == tree(shard_dir)
     assert len(before) > 1
     assert {path: path.stat().st_ino for path in whole} == before
-    # Killed while it was mended: what is missing is back, what is damaged is not yet.
+    # Killed while it was repaired: what is missing is back, what is damaged is not yet.
     changed.write_bytes(bytes(512) + changed.read_bytes()[512:])
     (out / ".pack").mkdir()
     record = {key: json.loads((shard_dir / "dataset.json").read_text())[key] for key in ("source", "options")}
@@ -365,7 +365,7 @@ def test_of_a_damaged_set_only_what_is_damaged_is_made_again(captures, shard_dir
     assert f"{out}/dataset.json: damaged" in done.stderr
 
 
-def test_a_mended_dataset_packs_where_it_failed(editable, tmp_path):
+def test_a_repaired_dataset_packs_where_it_failed(editable, tmp_path):
     _, _, category, name = first_sequence(editable)
     image = editable / "co3d" / category / name / "images" / "frame000003.jpg"
     whole = image.read_bytes()

@@ -157,7 +157,7 @@ def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, tmp_p
     small = ("--min-frames", 8, "--views", 3, "--width", 56)
     evaluated = run_command("python", "-m", "train.evaluate", *options, *small, OMP_NUM_THREADS="1")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "7 sequences evaluated, other frames of places that are trained on: this does not tell" in evaluated.stdout
+    assert "7 sequences evaluated, other frames of places that are trained on. This does not tell" in evaluated.stdout
     assert "other frames of places" in (tmp_path / "eval" / "report.html").read_text()
 
 

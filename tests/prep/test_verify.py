@@ -61,7 +61,7 @@ def linked(source, target, name, data):
 
 
 def damages(rng, files):
-    """(file, what was done, new bytes), for ever: flipped bits, bytes set anew, ends cut off."""
+    """(file, what was done, new bytes), forever: flipped bits, bytes set again, ends cut off."""
     while True:
         name = str(rng.choice(sorted(files), p=[0.2, 0.2, 0.1, 0.5]))  # half of them in the tar
         data = bytearray(files[name])

@@ -13,13 +13,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.index import DamagedIndexError
 from shards.reader import DamagedMemberError
-from shards.storage import StorageError
+from shards.storage import OUTAGE_PATIENCE, StorageError
 from train.data.plan import DataState, Step, TrainingPlan
 from train.data.scenes import load_step
 from train.data.split import Split, read_step
 
 SHARED_MEMORY = "/dev/shm"  # where worker processes leave batches for the trainer
-SHARED_MEMORY_PATIENCE = 60  # seconds
+SHARED_MEMORY_PATIENCE = OUTAGE_PATIENCE  # seconds: a validation or a save may take long, and no batch is taken then
 
 
 class TrainingSteps(IterableDataset):
@@ -29,7 +29,7 @@ class TrainingSteps(IterableDataset):
         self.split, self.plan, self.rank, self.state, self.last_step = split, plan, rank, state, last_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return load_ahead(self.split, self._mine())
+        return load_ahead(self.split, self._mine(), spare=1)  # for a validation in between
 
     def _mine(self) -> Iterator[Step]:
         number, count = _worker()
@@ -48,7 +48,7 @@ class ValidationSteps(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         number, count = _worker()
-        return load_ahead(self.split, iter(self.steps[number::count]))
+        return load_ahead(self.split, iter(self.steps[number::count]), spare=0)
 
 
 def _worker() -> tuple[int, int]:
@@ -57,7 +57,7 @@ def _worker() -> tuple[int, int]:
     return (0, 1) if worker is None else (worker.id, worker.num_workers)
 
 
-def load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
+def load_ahead(split: Split, steps: Iterator[Step], spare: int) -> Iterator[dict[str, Any]]:
     """The batch of each step; a worker reads the next one while this one is decoded: waiting for storage costs little.
 
     (Not so the trainer itself, without workers: a stop would have to wait for the thread that reads.) What ends the
@@ -68,12 +68,12 @@ def load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
         if get_worker_info() is None:
             yield from (load_step(split, step) for step in steps)
         else:
-            yield from _load_ahead(split, steps)
+            yield from _load_ahead(split, steps, spare)
     except (DamagedIndexError, DamagedMemberError, StorageError, FileNotFoundError) as error:
         yield {"error": str(error)}
 
 
-def _load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]:
+def _load_ahead(split: Split, steps: Iterator[Step], spare: int) -> Iterator[dict[str, Any]]:
     with ThreadPoolExecutor(1) as reader:
         step = next(steps, None)
         members = step and reader.submit(read_step, split, step)
@@ -81,20 +81,22 @@ def _load_ahead(split: Split, steps: Iterator[Step]) -> Iterator[dict[str, Any]]
             following = next(steps, None)
             ahead = following and reader.submit(read_step, split, following)
             batch = load_step(split, step, members.result())
-            wait_for_shared_memory(sum(value.nbytes for value in batch.values() if isinstance(value, Tensor)))
+            wait_for_shared_memory(sum(value.nbytes for value in batch.values() if isinstance(value, Tensor)), spare)
             yield batch
             step, members = following, ahead
 
 
-def wait_for_shared_memory(size: int) -> None:
-    """Until a batch of that many bytes fits where workers hand it over. Raises StorageError if it never does.
+def wait_for_shared_memory(size: int, spare: int) -> None:
+    """Until a batch of that many bytes, and `spare` more, fit where workers hand it over.
+
+    Raises StorageError if they never do.
 
     Torch would lose the batch, and the trainer wait forever for it.
     """
     began = time.monotonic()
-    while (free := _free_shared_memory()) <= size and time.monotonic() - began < SHARED_MEMORY_PATIENCE:
+    while (free := _free_shared_memory()) <= (1 + spare) * size and time.monotonic() - began < SHARED_MEMORY_PATIENCE:
         time.sleep(0.5)  # the trainer frees that of a batch when it has used it
-    if free > size:
+    if free > (1 + spare) * size:
         return
     raise StorageError(
         f"{SHARED_MEMORY}: {free / 1e6:.1f} MB are free, and a batch takes {size / 1e6:.1f} MB; make it larger (docker "

@@ -16,7 +16,7 @@ MARGIN_FRACTION = 0.3  # of the longer target side, the most of a triangular dis
 def crop_scale(
     size: tuple[int, int], center: tuple[float, float], shape: StepShape, rng: np.random.Generator | None
 ) -> float:
-    """Target pixels a source pixel, so that `shape`, centerd on the principal point, lies within the image.
+    """Target pixels a source pixel, so that `shape`, centered on the principal point, lies within the image.
 
     size: height and width of the image; center: principal point x, y. With an rng each side is first cut to a random
     fraction of itself about the principal point, and a random margin is left around the target.

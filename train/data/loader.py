@@ -9,12 +9,15 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from shards.storage import OUTAGE_PATIENCE
 from train.data.plan import DataState
 from train.data.workers import kill_workers, make_loader
 from train.runtime.stop import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 2 * OUTAGE_PATIENCE + 120  # seconds for a batch: longer than a worker waits for storage and for memory
+TIMED_OUT = "timed out"  # in torch's error
 MAX_DEATHS = 3  # of workers, without a batch in between
 LOST = "the batch of step {step} was lost on its way out of its worker process: see above, or try data.workers=0"
 
@@ -48,7 +51,7 @@ def stream(
         loader = None
         try:
             loader = iter(make_loader(make(state), workers, pin_memory))  # a worker may die already here
-            for batch in loader:
+            while (batch := _next(loader)) is not None:
                 if "error" in batch:
                     raise NoDataError(batch["error"])
                 state, deaths, expected = batch["after"], 0, expected + 1
@@ -62,7 +65,7 @@ def stream(
             kill_workers()  # while the loader is held: when it goes, it waits 5 seconds for each
             raise
         except (RuntimeError, OSError, EOFError) as error:
-            if "timed out" in str(error) and workers:
+            if TIMED_OUT in str(error):
                 raise NoDataError(LOST.format(step=expected + 1)) from error
             if not workers or not _is_death(error):
                 raise
@@ -74,6 +77,17 @@ def stream(
             log.warning("%s; new workers continue from the last batch in %d s", error, 2**deaths)
         del loader
         time.sleep(2**deaths)
+
+
+def _next(loader: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    """The next batch; None at the end. Raises RuntimeError if none comes for longer than a worker may wait."""
+    began = time.monotonic()
+    while True:
+        try:
+            return next(loader, None)
+        except RuntimeError as error:  # of LOOK_EVERY seconds; that of a dead worker says so
+            if TIMED_OUT not in str(error) or time.monotonic() - began > PATIENCE:
+                raise
 
 
 def _is_death(error: Exception) -> bool:

@@ -12,12 +12,11 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from shards.processes import end_with_parent, fork_server
-from shards.storage import OUTAGE_PATIENCE
 from train.runtime.stop import STOP_SIGNALS
 
 NEVER = 10**9  # batches: what StatefulDataLoader would remember of its workers is not needed
 MAX_WORKERS = 8
-TIMEOUT = OUTAGE_PATIENCE + 120  # seconds for a batch: longer than a worker waits for storage
+LOOK_EVERY = 5  # seconds: whether workers still live
 
 
 def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> StatefulDataLoader:
@@ -34,7 +33,7 @@ def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> Sta
         multiprocessing_context=context,
         worker_init_fn=start_worker,
         snapshot_every_n_steps=NEVER,
-        timeout=TIMEOUT if workers else 0,
+        timeout=LOOK_EVERY if workers else 0,
     )
 
 

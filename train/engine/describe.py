@@ -122,7 +122,7 @@ def _validations(config: TrainConfig, history: ValidationHistory, validated: Sha
             gains.append(found.gain)
             change = describe_change(name, found.before, found.after, asdict(found.change))
             text.append(f"  {change}  ({metric_of(name).meaning})")
-    text.append(run_verdict(gains, seen=validated.any))
+    text.append(run_verdict(gains, seen=validated.any or bool(validated.unknown)))
     if any(None in scene.values() for scene in last["scenes"]):
         text.append("Some of the last predictions or losses are not finite: look at the log above.")
     metric = config.checkpoint.best

@@ -119,16 +119,18 @@ def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:
     if now is not None and before is None:
         raise ValueError(f"{config.out_dir}: began without init, now it is {now}; {_elsewhere(config)}")
     if now is None or before is None or Path(before).expanduser().exists():
+        if now not in (None, before):
+            log.warning("init: %s is not read, as the run began from %s, which is there", now, before)
         return replace(config, init=before)
     if now != before:
         log.warning("init: was %s, and is now %s; it must be the same checkpoint, in another place", before, now)
     return replace(config, init=now)
 
 
-def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig) -> None:
+def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig, scenes: list[str]) -> None:
     """Keep what the settings before have kept: milestones, and a best that is chosen differently from now on.
 
-    Differently: by another metric or on other scenes, or in validations whose file is gone.
+    Differently: by another metric or on other scenes than these, or in validations whose file is gone.
     """
     folder = out_dir / "checkpoints"
     milestone = before["checkpoint"].get("milestone")
@@ -138,7 +140,7 @@ def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig)
                 keep(folder, step)
     best, plan = best_saved(folder), compared_plan(now.data)
     same_metric = before["checkpoint"].get("best") == now.checkpoint.best
-    if best is None or (same_metric and ValidationHistory(out_dir).has(best, plan)):
+    if best is None or (same_metric and ValidationHistory(out_dir).has(best, plan, scenes)):
         return
     log.warning(
         "%s: the former best, which stays; validations or the metric have changed, so there is no best yet",

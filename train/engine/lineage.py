@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,15 @@ def saved_run(source: str) -> dict[str, Any] | None:
     except (ValueError, AttributeError):  # a file of another kind
         return None
     return saved if isinstance(config, dict) and isinstance(config.get("data"), dict) else None
+
+
+def former_places(saved: dict[str, Any] | None) -> dict[str, str]:
+    """Digest -> place of the shard sets that a run was ever trained on, as far as its checkpoint says."""
+    if saved is None:
+        return {}
+    given = saved["config"]["data"].get("shards")
+    paths = [given] if isinstance(given, str) else [source["path"] for source in given or ()]
+    return {**saved.get("places", {}), **dict(zip(saved.get("shards", ()), paths, strict=False))}
 
 
 def trained_width(source: str) -> int | None:
@@ -50,21 +58,22 @@ def trained_before(source: str | None) -> tuple[list[Part], list[str]]:
         except ValueError as error:
             unknown.append(f"what {source} was trained on is not known: {error}")
             break
-        digests = saved.get("shards", ())
-        for place, digest in zip_longest(data.sources, digests[: len(data.sources)]):
-            try:
-                opened = shards.open(place.path)
-                if digest not in (None, opened.digest):
-                    raise ValueError("another shard set is there now")
-                parts.append((opened, data.train_split))
-            except (ValueError, OSError) as error:
-                unknown.append(f"{source} was trained on {place.path}, which cannot be compared with: {error}")
+        places = former_places(saved) or {
+            place.path: place.path for place in data.sources
+        }  # an old one, without digests
+        for digest, path in places.items():
+            opened, problems = _open_part(path, digest, data.train_split, source)
+            parts, unknown = parts + opened, unknown + problems
         source = saved["config"].get("init")
     return parts, unknown
 
 
-def what_is_validated(config: TrainConfig, train: Split, val: Split | None) -> SharedPlaces | None:
+def what_is_validated(
+    config: TrainConfig, train: Split, val: Split | None, saved: dict[str, Any] | None = None
+) -> SharedPlaces | None:
     """How the sequences that are validated on relate to what is trained on; None: there are none.
+
+    saved: the checkpoint of a resumed run, which may have been trained on other sets before.
 
     Raises ValueError if they have frames in common, unless that is allowed.
     """
@@ -73,9 +82,25 @@ def what_is_validated(config: TrainConfig, train: Split, val: Split | None) -> S
     steps, _ = validation_plan(config.data, val.lengths, rank=0, world_size=1)
     trained = [(shard_set, config.data.train_split) for shard_set in train.shard_sets]
     before, unknown = trained_before(config.init)
+    now = {shard_set.digest for shard_set in train.shard_sets}
+    for digest, path in former_places(saved).items():
+        if digest not in now:
+            parts, problems = _open_part(path, digest, config.data.train_split, "this run")
+            before, unknown = before + parts, unknown + problems
     tested = [(shard_set, config.data.val_split) for shard_set in val.shard_sets]
     only = {(scene.source, scene.sequence) for step in steps for scene in step.scenes}
     shared = shared_places(trained + before, tested, only)
     if not config.data.allow_shared_frames:
         shared.check("data.allow_shared_frames=true")
     return replace(shared, unknown=tuple(unknown))
+
+
+def _open_part(path: str, digest: str, split: str, who: str) -> tuple[list[Part], list[str]]:
+    """A set that was trained on, if it is still there, or what is not known. digest: its path where there is none."""
+    try:
+        opened = shards.open(path)
+        if digest not in (path, opened.digest):
+            raise ValueError("another shard set is there now")
+    except (ValueError, OSError) as error:
+        return [], [f"{who} was trained on {path}, which cannot be compared with: {error}"]
+    return [(opened, split)], []

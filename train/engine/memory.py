@@ -83,14 +83,14 @@ def dry_run(
 
 def largest_step(plan: TrainingPlan, state: DataState, rank: int, config: TrainConfig, count: int) -> Step:
     """Of the next `count` steps the one whose largest chunk has the most pixels."""
-    largest, most = plan.step(state, rank), 0
+    largest, most = state, 0
     for _ in range(count):
         shape = plan.shape(state.step)
         pixels = _chunk_images(config, shape.views) * shape.height * shape.width
         if pixels > most:
-            largest, most = plan.step(state, rank), pixels
+            largest, most = state, pixels
         state = plan.after(state)
-    return largest
+    return plan.step(largest, rank)
 
 
 def _chunk_images(config: TrainConfig, views: int) -> int:

@@ -17,7 +17,10 @@ def new_streams(shard_sets: Sequence[ShardSet], before: Streams) -> Streams:
     streams: Streams = {}
     for shard_set in shard_sets:
         if shard_set.digest in streams:
-            raise ValueError(f"data.shards: {shard_set} is given twice; give it once, with the sum of the weights")
+            raise ValueError(
+                f"data.shards: {shard_set} is given twice; give it once, with the sum of the weights (a run "
+                "that had it twice continues from the later position)"
+            )
         joined = len(streams.keys() - before.keys())
         streams[shard_set.digest] = before.get(shard_set.digest, [first_free + joined, 0])
     return streams
@@ -46,9 +49,9 @@ def mixture_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSourc
     """What a resumed run does differently, for people."""
     before, now = set(saved["shards"]), {shard_set.digest for shard_set in shard_sets}
     joined = [str(shard_set) for shard_set in shard_sets if shard_set.digest not in before]
-    changes = [f"data.shards: {', '.join(joined)} joins the run"] if joined else []
+    changes = [f"data.shards: {place} joins the run" for place in joined]
     if before - now:
-        changes.append(f"data.shards: {len(before - now)} of the {len(before)} sets before have left the run")
+        changes.append(f"data.shards: {len(before - now)} of {len(before)} sets left the run")
     weights = dict(zip(saved["shards"], _weights(saved["config"]["data"]["shards"]), strict=True))
     for shard_set, source in zip(shard_sets, sources, strict=True):
         weight = weights.get(shard_set.digest, source.weight)

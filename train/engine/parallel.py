@@ -41,11 +41,11 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
             fully_shard([m for m in module.children() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=policy)
     # No caller works in place on what a part returns, of which it warns.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    full_state_dict = MixedPrecisionPolicy(cast_forward_inputs=False)
+    in_float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     for name, module in model.named_children():
         if name != "aggregator":
-            fully_shard(module, mesh=mesh, mp_policy=full_state_dict)
-    fully_shard(model, mesh=mesh, mp_policy=full_state_dict)
+            fully_shard(module, mesh=mesh, mp_policy=in_float32)
+    fully_shard(model, mesh=mesh, mp_policy=in_float32)
     return model
 
 

@@ -45,6 +45,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     plan: TrainingPlan
     streams: Streams
+    places: dict[str, str]  # of all shard sets that were ever trained on, by digest
     init_fingerprint: str | None
     train_split: Split
     validator: Validator | None
@@ -141,9 +142,10 @@ class Run:
         """Validate at `state`, unless that is done, and mark the best checkpoint; True if a signal stopped it."""
         step, history, plan = state.step, ValidationHistory(self.out_dir), compared_plan(self.config.data)
         # A run that was killed in between has validated before, or has still to do so.
-        if self.validator is not None and not self.world.from_main(lambda: history.has(step, plan)):
+        validator = self.validator
+        if validator and not self.world.from_main(lambda: history.has(step, plan, validator.names)):
             try:
-                result = self.validator.validate(self.model)
+                result = validator.validate(self.model)
             except NoDataError as error:  # on every rank
                 return self._end_early(state, error)
             if result is None:
@@ -197,6 +199,7 @@ class Run:
                     "model_config": asdict(self.model.config),
                     "optimizer": moments,
                     "data": {"step": state.step, "streams": streams_at(state, shard_sets, self.streams)},
+                    "places": self.places,
                     "config": to_dict(self.config),
                     "init_fingerprint": self.init_fingerprint,
                     "shards": [shard_set.digest for shard_set in shard_sets],

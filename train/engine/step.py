@@ -34,7 +34,7 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
 
     Ranks share gradients in the last chunk only. Returns the loss terms of the batch, detached.
     """
-    full_state_dict = normalizer_of(batch, config.loss)
+    normalizer = normalizer_of(batch, config.loss)
     scenes = batch["images"].shape[0]
     totals: dict[str, Tensor] = {}
     bounds = torch.arange(scenes).tensor_split(min(config.accum_steps, scenes))
@@ -43,7 +43,7 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
         with gradient_sync(model, i == len(bounds) - 1):
             with autocast(config.precision, chunk["images"].device):
                 predictions = model(chunk["images"])
-            terms = losses(predictions, chunk, full_state_dict, config.loss)
+            terms = losses(predictions, chunk, normalizer, config.loss)
             terms["loss_objective"].backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value.detach()

@@ -13,6 +13,7 @@ import numpy as np
 DRAWS = 10_000
 LEVEL = 0.95
 MIN_SCENES = 5  # fewer say nothing about their spread
+STUDENT = {2: 2.195, 3: 1.624}  # by degrees of freedom, where the expansion is too far off
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,22 @@ def estimate(values: Sequence[float], groups: Sequence[str] | None = None) -> Es
     For a paired comparison give the differences: what scenes have in common then cancels. As few scenes spread less
     than what they are drawn from, each group's resampled means are widened about its mean by sqrt(n / (n - 1)), and the
     interval by Student's quantile over the normal one (Hesterberg 2015, The American Statistician 69, 371), with one
-    degree of freedom fewer for each group. A group of a single scene has no known spread. Raises ValueError without
-    values.
+    degree of freedom fewer for each group. A group of a single scene is taken to spread as the others do.
+    Raises ValueError without values.
     """
     mean, n, parts = group_mean(values, groups), len(values), _by_group(values, groups)
     freedom = n - len(parts)
-    if freedom < MIN_SCENES - 1:
+    if n < MIN_SCENES or freedom < min(STUDENT):
         return Estimate(mean, n, None, None)
     spread = np.zeros(DRAWS)
+    rng = np.random.default_rng(1)
+    residuals = np.concatenate([(x - x.mean()) * np.sqrt(len(x) / (len(x) - 1)) for x in parts if len(x) > 1])
     for part, times in zip(parts, _resamples(tuple(map(len, parts))), strict=True):
         size = len(part)
-        spread += (times @ part / size - part.mean()) * np.sqrt(size / max(size - 1, 1)) / len(parts)
+        if size == 1:
+            spread += rng.choice(residuals, DRAWS) / len(parts)
+        else:
+            spread += (times @ part / size - part.mean()) * np.sqrt(size / (size - 1)) / len(parts)
     low, high = mean + np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) * _student_over_normal(freedom)
     least, most = min(map(min, parts)), max(map(max, parts))  # a mean lies among its values
     return Estimate(mean, n, float(np.clip(low, least, most)), float(np.clip(high, least, most)))
@@ -76,7 +82,9 @@ def _resamples(sizes: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _student_over_normal(freedom: int) -> float:
-    """LEVEL's quantile of Student's t over the normal one, to 2% from 4 degrees of freedom (Fisher's expansion)."""
+    """LEVEL's quantile of Student's t over the normal one, to 2% from 2 degrees of freedom (Fisher's expansion)."""
+    if freedom in STUDENT:
+        return STUDENT[freedom]
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     return 1 + (z**2 + 1) / (4 * freedom) + (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
 

@@ -12,7 +12,7 @@ Alignment = Literal["image", "scene", "none"]
 
 
 def depth_metrics(predicted: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """depth_errors [B] under each alignment, by the names in FIGURES."""
+    """depth_errors [B] under each alignment, by the names in METRICS."""
     found = {}
     alignments: dict[str, Alignment] = {"": "scene", "_image": "image", "_raw": "none"}
     for suffix, align in alignments.items():

@@ -38,14 +38,15 @@ class ValidationHistory:
         scenes = [{"scene": name} | finite_or_none(values) for name, values in zip(names, by_scene, strict=True)]
         append_line(self.out_dir / VALIDATION_FILE, {"step": step, "plan": plan, "scenes": scenes})
 
-    def has(self, step: int, plan: dict[str, Any]) -> bool:
-        return any((line["step"], line["plan"]) == (step, plan) for line in self.lines)
+    def has(self, step: int, plan: dict[str, Any], names: list[str]) -> bool:
+        """Whether these scenes were validated at a step."""
+        return any(line["step"] == step and _scenes(line) == (plan, names) for line in self.lines)
 
     @property
     def comparable(self) -> list[Line]:
-        """Those of the same scenes as the last: a resumed run may validate on others."""
+        """Those of the same scenes as the last: a resumed run may validate on others, or have other shard sets."""
         lines = self.lines
-        return [line for line in lines if line["plan"] == lines[-1]["plan"]]
+        return [line for line in lines if _scenes(line) == _scenes(lines[-1])]
 
     def best_step(self, metric: str, saved: Container[int] | None = None) -> int | None:
         """The step with the best mean of a metric, the first of equals; None if there is none.
@@ -64,3 +65,8 @@ class ValidationHistory:
             if values and None not in values:  # None: not finite
                 found.append((sign * float(np.mean(values)), line["step"]))
         return min(found)[1] if found else None
+
+
+def _scenes(line: Line) -> tuple[dict[str, Any], list[str]]:
+    """What a validation was of: the plan, and the names of the scenes."""
+    return line["plan"], [scene["scene"] for scene in line["scenes"]]

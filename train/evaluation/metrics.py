@@ -1,4 +1,4 @@
-"""Figures that mean something outside the training: poses in degrees, depths and points against the truth.
+"""Metrics that mean something outside the training: poses in degrees, depths and points against the truth.
 
 All are computed on the device and batched over scenes; B = scenes, S = views, P = S(S-1)/2 pairs of views.
 """

@@ -36,25 +36,19 @@ def make_results(
     protocol: Protocol,
     checkpoints: list[Evaluation],
     baselines: list[Evaluation],
-    unusable: list[str],
 ) -> dict[str, Any]:
-    """The results as JSON's types. The first checkpoint is what the others are compared with.
-
-    unusable: scenes of which no frame could be read.
-    """
+    """The results as JSON's types. The first checkpoint is what the others are compared with."""
     categories = [sequence.category for sequence in sequences]
     best = {metric: best_baseline(baselines, metric, categories) for metric in COMPARED}
     pairs = [(best[metric], e, metric) for e in checkpoints for metric in COMPARED]
     everyone = (*checkpoints, *baselines)
+    # Those of poses are defined wherever a frame could be read, the last one where there is depth.
+    baseline_rows = list(zip(sequences, baselines[0].by_scene, baselines[-1].by_scene, strict=True))
     return {
         "protocol": asdict(protocol) | {"deviations": protocol.deviations},
         "sequences": {name: categories.count(name) for name in sorted(set(categories))},
-        "without_depth": [
-            sequence.label
-            for sequence, metrics in zip(sequences, baselines[-1].by_scene, strict=True)
-            if not metrics and sequence.label not in unusable
-        ],
-        "unusable": unusable,
+        "without_depth": [s.label for s, row, depth in baseline_rows if row and not depth],
+        "unusable": [s.label for s, row, _ in baseline_rows if not row],
         "checkpoints": {e.label: summarize(e, sequences) for e in checkpoints},
         "baselines": {e.label: summarize(e, sequences) for e in baselines},
         "reference": {} if protocol.deviations else {REFERENCE: REFERENCES[protocol.fast]},
@@ -63,6 +57,7 @@ def make_results(
         "by_shards": _by_shards(sequences, everyone),
         "scenes": [
             {
+                "shards": sequence.shards,
                 "scene": sequence.label,
                 "frames": list(sequence.step.scenes[0].frames),
                 "metrics": {e.label: e.by_scene[i] for e in everyone},

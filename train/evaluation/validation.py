@@ -60,6 +60,11 @@ class Validator:
     workers: int
     stop: StopRequest
 
+    @property
+    def names(self) -> list[str]:
+        """The scenes of a validation, of all ranks."""
+        return scene_names(self.split, self.data)
+
     def validate(self, model: nn.Module) -> Validation | None:
         """The losses of training and all metrics on the validation plan; None if a signal asked to stop.
 
@@ -92,6 +97,12 @@ class Validator:
         ordered = [by_rank[i % world.size][i // world.size] for i in range(sum(map(len, by_rank)))]
         names, sources, by_scene = map(list, zip(*ordered, strict=True))
         return Validation(names, sources, by_scene, pictured)
+
+
+def scene_names(split: Split, data: DataConfig) -> list[str]:
+    """The scenes that the validation plan is of, in its order."""
+    steps, _ = validation_plan(data, split.lengths, rank=0, world_size=1)
+    return [sequence_name(split, step.scenes[0]) for step in steps]
 
 
 def scene_losses(predictions: dict[str, Any], batch: Batch, config: LossConfig) -> Metrics:

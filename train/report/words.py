@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from train.evaluation.bootstrap import MIN_SCENES
+from train.evaluation.bootstrap import MIN_SCENES, STUDENT
 from train.evaluation.metrics import METRICS, Metric
 from train.evaluation.results import PUBLISHED_CATEGORIES
 from train.objective.losses import OBJECTIVE
@@ -92,7 +92,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
         )
     if results["trained_on"]:
         lines.append(
-            f"{total} sequences evaluated, {results['trained_on']}: this does not tell how well the model does in new "
+            f"{total} sequences evaluated, {results['trained_on']}. This does not tell how well the model does in new "
             "places."
         )
     for label, width in results["trained_at_other_width"].items():
@@ -113,8 +113,8 @@ def remarks(results: dict[str, Any]) -> list[str]:
             lines.append(f"{label}: has no {' and no '.join(sorted(missing))} head, so none of its metrics.")
     if results["damaged"]:
         lines.append(f"Damaged frames were replaced by others: {results['damaged']}.")
-    if total < MIN_SCENES:
-        lines.append(f"Fewer than {MIN_SCENES} sequences: no interval can be given, and little can be concluded.")
+    if total < MIN_SCENES or total < len(results["sequences"]) + min(STUDENT):
+        lines.append("Too few sequences for intervals: little can be concluded.")
     for source, part in results["by_shards"].items():
         lines.append(f"{source} alone ({count(part['sequences'], 'sequence')}): {_in_set(part, results)}")
     return lines
@@ -129,7 +129,7 @@ def _in_set(part: dict[str, Any], results: dict[str, Any]) -> str:
 def in_short(results: dict[str, Any], label: str) -> str:
     """A checkpoint's cameras and depth against the best baseline and the first checkpoint, in a sentence or two."""
     sentences = []
-    words = {1: "better than", 0: "indistinguishable from", -1: "worse than", None: "too few to compare with"}
+    words = {1: "better than", 0: "indistinguishable from", -1: "worse than", None: "not to be compared with"}
     for key, other in (("against_baseline", "the baseline"), ("comparisons", next(iter(results["checkpoints"])))):
         by_metric = {c["metric"]: c for c in results[key] if c["after"] == label}
         parts = []

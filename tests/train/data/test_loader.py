@@ -421,16 +421,16 @@ def test_a_batch_that_is_lost_on_its_way_is_noticed(split):
 
 
 def test_a_batch_waits_for_shared_memory_and_is_refused_if_there_never_is_enough(monkeypatch):
-    free = [10, 10, 1000]
+    free = [10, 150, 1000]
     monkeypatch.setattr(train.data.batches, "_free_shared_memory", lambda: free.pop(0) if len(free) > 1 else free[0])
     monkeypatch.setattr(train.data.batches.time, "sleep", lambda seconds: None)
-    train.data.batches.wait_for_shared_memory(100)
+    train.data.batches.wait_for_shared_memory(100, 1)
     assert free == [1000]
     monkeypatch.setattr(train.data.batches, "SHARED_MEMORY_PATIENCE", 0)
     with pytest.raises(
         shards.StorageError, match=r"/dev/shm: 0.0 MB are free, .* --shm-size=8g\), or lower data.workers"
     ):
-        train.data.batches.wait_for_shared_memory(10**9)
+        train.data.batches.wait_for_shared_memory(10**9, 0)
 
 
 class DyingSteps(torch.utils.data.IterableDataset):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import vggt_prep
@@ -81,7 +83,7 @@ def test_a_mixed_run_is_resumed_with_one_set_more_and_one_less(shard_dir, captur
     _, before = train(2, (shard_dir, 1), (tmp_path / "b", 2))
     said, after = train(4, (tmp_path / "c", 1), (tmp_path / "b", 3))
     assert f"{tmp_path}/c joins the run" in said
-    assert "1 of the 2 sets before have left the run" in said
+    assert "1 of 2 sets left the run" in said
     assert f"{tmp_path}/b now has weight 3, not 2" in said
     assert after[digests["a"]] == before[digests["a"]]
     assert after[digests["b"]][1] > before[digests["b"]][1]
@@ -89,3 +91,44 @@ def test_a_mixed_run_is_resumed_with_one_set_more_and_one_less(shard_dir, captur
     _, last = train(5, (shard_dir, 1))
     assert last[digests["a"]][1] > after[digests["a"]][1]
     assert last[digests["b"]] == after[digests["b"]]
+
+
+def test_validations_of_other_sets_are_not_compared_and_sets_that_left_still_count(shard_dir, captures, tmp_path):
+    """set1 -> set1 + set2 -> set2: the last is validated on what set1 was trained on."""
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
+    for name, split in (("one", "train"), ("two", "test")):
+        done = vggt_prep("pack", *source, "--out", tmp_path / name, "--split", split, "--short-side", 80)
+        assert done.returncode == 0, done.stderr
+    swapped = tmp_path / "swapped"
+    shutil.copytree(captures, swapped)
+    for path in sorted((swapped / "annotations").glob("*_*.jgz")):
+        other = {"train": "test", "test": "train"}[path.stem.rpartition("_")[2]]
+        path.rename(path.with_name(f"{path.stem.rpartition('_')[0]}_{other}.new"))
+    for path in (swapped / "annotations").glob("*.new"):
+        path.rename(path.with_suffix(".jgz"))
+    done = vggt_prep(
+        *(
+            "pack",
+            "--co3d-dir",
+            swapped / "co3d",
+            "--annotation-dir",
+            swapped / "annotations",
+            "--out",
+            tmp_path / "set3",
+        )
+    )
+    assert done.returncode == 0, done.stderr
+
+    def train(steps, *sets):
+        given = ", ".join(f"{{path: {path}}}" for path in sets)
+        return run_trainer(f"[{given}]", tmp_path / "run", *SCRATCH, f"max_steps={steps}", "val_every=1")
+
+    assert train(1, shard_dir).returncode == 0
+    done = train(2, shard_dir, tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    done = train(3, tmp_path / "one", tmp_path / "set3")
+    assert done.returncode == 1
+    assert "frames to test on are the same as frames to train on" in done.stderr
+    done = train(3, tmp_path / "one", shard_dir)
+    assert done.returncode == 0, done.stderr
+    assert "Done: 3 steps" in done.stdout

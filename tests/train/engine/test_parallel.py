@@ -51,7 +51,7 @@ def test_chunks_need_as_many_all_reduces_as_one(alone):
 
     model.register_comm_hook(None, count)
     numbers = []
-    for chunks in (1, 1, 2, 4):  # twice: after its first step DDP arranges its buckets anew
+    for chunks in (1, 1, 2, 4):  # twice: after its first step DDP arranges its buckets again
         reduced.clear()
         gradients(model, make_batch(4), chunks, NO_QUANTILE)
         numbers.append(len(reduced))

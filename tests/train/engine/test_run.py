@@ -102,6 +102,7 @@ def test_best_is_the_checkpoint_of_the_best_validation(shard_dir, tmp_path):
         ({"checkpoint.best": "auc_30"}, True),
         ({"validation.jsonl": ""}, True),
         ({"checkpoint.keep": 9, "data.workers": 3}, False),
+        ({"scenes json": ["of another set"]}, True),
     ],
 )
 def test_the_former_best_stays_if_a_resume_looks_for_another(tmp_path, changes, stays):
@@ -111,7 +112,7 @@ def test_the_former_best_stays_if_a_resume_looks_for_another(tmp_path, changes, 
     line = {"step": 4, "plan": compared_plan(config.data), "scenes": []}
     (tmp_path / "validation.jsonl").write_text(changes.get("validation.jsonl", json.dumps(line)))
     now = load_config(None, ["init=a", *(f"{key}={value}" for key, value in changes.items() if "json" not in key)])
-    keep_former_choices(tmp_path, to_dict(config), now)
+    keep_former_choices(tmp_path, to_dict(config), now, changes.get("scenes json", []))
     for step in (5, 6, 7):
         save(tmp_path / "checkpoints", step, {"model": {}}, config.checkpoint)
         mark_best(tmp_path / "checkpoints", 7 if stays else 4, config.checkpoint)
@@ -157,8 +158,8 @@ def test_lines_that_a_kill_cut_off_and_those_of_another_start_are_forgotten(tmp_
         with reporter:
             history = ValidationHistory(tmp_path)
             assert [line["step"] for line in history.lines] == left
-            assert history.has(0, {}) == resumed
-            assert not history.has(0, {"val_views": 3})
+            assert history.has(0, {}, []) == resumed
+            assert not history.has(0, {"val_views": 3}, [])
 
 
 @pytest.mark.slow

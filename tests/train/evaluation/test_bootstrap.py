@@ -27,7 +27,7 @@ def test_interval_covers_the_mean_as_often_as_it_says(scenes):
     assert 0.91 < covered / 400 < 0.99
 
 
-@pytest.mark.parametrize("freedom", [4, 9, 30, 1000])
+@pytest.mark.parametrize("freedom", [2, 3, 4, 9, 30, 1000])
 def test_widening_for_few_scenes_is_students(freedom):
     exact = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
     assert _student_over_normal(freedom) == pytest.approx(exact, rel=0.02)
@@ -65,6 +65,15 @@ def test_a_category_is_never_lost_and_the_interval_covers_the_mean_of_unequal_on
     assert 0.91 < covered / 400 < 0.99
     constant = estimate([means[g] for g in groups], groups)  # resampled over all, it would move with the categories
     assert (constant.low, constant.high) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_few_scenes_of_several_categories_have_a_wide_interval_that_covers_the_mean():
+    """The demo's: five scenes of three categories, one of them alone in its own."""
+    groups, covered = ["a", "a", "b", "b", "c"], 0
+    for _ in range(400):
+        found = estimate([RNG.normal(ord(g), 1) for g in groups], groups)
+        covered += found.low < ord("b") < found.high
+    assert covered / 400 > 0.88
 
 
 def test_single_scenes_of_many_categories_have_no_interval():
