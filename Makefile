@@ -1,11 +1,12 @@
 # make finetune: from nothing (or from your Co3D) to a trained checkpoint. make help: all targets and variables.
 
+CAPTURES            ?=
 CO3D_DIR            ?=
 CO3D_ANNOTATION_DIR ?=
 SHARDS              ?= data/shards
 INIT                ?=
 NPROC               ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n > 0 ? n : 1)))
-RUN                 ?= $(if $(INIT),finetune,$(if $(CO3D_DIR),co3d,demo))
+RUN                 ?= $(if $(INIT),finetune,$(if $(CAPTURES),captures,$(if $(CO3D_DIR),co3d,demo)))
 ARGS                ?=
 
 PYTHON ?= python3
@@ -39,6 +40,7 @@ help:
 	@echo "make proof       that it learns: rendered scenes it has not seen, and overfitting one scene: under 20 minutes"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
+	@echo "CAPTURES=             folders of your captures: COLMAP, nerfstudio, TUM RGB-D, ... (docs/CAPTURES.md)"
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"
 	@echo "CO3D_ANNOTATION_DIR=  VGGT's cameras: <category>_{train,test}.jgz (none: those that come with Co3D)"
 	@echo "SHARDS=data/shards    where the packed data goes, or is"
@@ -62,7 +64,10 @@ setup: .venv/installed
 	@touch $@
 
 shards: setup
-ifneq ($(CO3D_DIR),)
+ifneq ($(CAPTURES),)
+	@if $(IS_DEMO); then rm "$$SHARDS"; fi
+	@$(BIN)/vggt-prep pack $(CAPTURES) --out "$$SHARDS"
+else ifneq ($(CO3D_DIR),)
 	@if $(IS_DEMO); then rm "$$SHARDS"; fi
 	@$(BIN)/vggt-prep pack --co3d-dir "$$CO3D_DIR" --out "$$SHARDS" \
 	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$$CO3D_ANNOTATION_DIR")

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.source import Frame, Sequence
+from prep.importers.source import DepthFile, Frame, Sequence
 from prep.synth.render import Camera, render
 from prep.synth.scenes import make_orbit, make_scene, stereo_depth
 from shards.codecs import encode_jpeg
@@ -64,8 +64,7 @@ class Captures:
             path=paths[0].name,
             image=paths[0],
             size=(camera.height, camera.width),
-            depth=paths[1],
+            depth=DepthFile(path=paths[1], encoding="half", kind="stereo"),
             mask=paths[2],
-            depth_scale=1.0,
             camera=OpenCVCamera(extrinsics=camera.cam_from_world, intrinsics=camera.intrinsics),
         )

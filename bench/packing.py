@@ -23,8 +23,8 @@ from pairs import ratio
 
 import shards
 from prep.importers.source import Frame
+from prep.packing.depths import FAR_PERCENTILE, MASK_THRESHOLD
 from prep.packing.executors import process_pool
-from prep.packing.frames import FAR_PERCENTILE, MASK_THRESHOLD
 from prep.packing.pack import pack
 from prep.packing.plan import PackOptions
 from shards.codecs import decode_jpeg, encode_depth, encode_jpeg
@@ -39,7 +39,7 @@ def floor(frames: list[Frame]) -> None:
     for frame in frames:
         height, width = target = _target(frame)
         image, _ = decode_jpeg(frame.image.read_bytes(), OPTIONS.short_side / SHORT)
-        bits, mask = (_png(path) for path in (frame.depth, frame.mask))
+        bits, mask = (_png(path) for path in (frame.depth.path, frame.mask))
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         rows, columns = (
             nearest((np.arange(n) + 0.5) * m / n - 0.5, m) for n, m in zip(target, bits.shape, strict=True)
@@ -54,7 +54,7 @@ def plain(frames: list[Frame]) -> None:
     for frame in frames:
         height, width = _target(frame)
         image = cv2.imread(str(frame.image))
-        bits, mask = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (frame.depth, frame.mask))
+        bits, mask = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (frame.depth.path, frame.mask))
         depth = np.where(mask > MASK_THRESHOLD, bits, 0).view(np.float16).astype(np.float32)
         depth[depth > np.percentile(depth[depth > 0], FAR_PERCENTILE)] = 0
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
@@ -92,7 +92,9 @@ def sizes(source: Captures, folder: Path, pool: Executor) -> None:
     opened = shards.open(folder / "sizes")
     frames = [frame for sequence in source.sequences() for frame in sequence.frames]
     ours = sum(entry["size"] for entry in opened.dataset["files"].values()) / len(frames)
-    raw = sum(path.stat().st_size for frame in frames for path in (frame.image, frame.depth) if path) / len(frames)
+    raw = sum(
+        path.stat().st_size for frame in frames for path in (frame.image, frame.depth and frame.depth.path) if path
+    ) / len(frames)
     print(f"a frame: {ours / 1e3:.0f} kB; original JPEG and depth PNG: {raw / 1e3:.0f} kB; share {ours / raw:.3f}")
 
 

@@ -101,3 +101,25 @@ def counted(number: int, noun: str) -> str:
 
 def size_text(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+class PinholeNumbers(click.ParamType):
+    """fx,fy,cx,cy."""
+
+    name = "fx,fy,cx,cy"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            fx, fy, cx, cy = map(float, value.split(","))
+        except ValueError:
+            self.fail(f"expected four numbers such as 585,585,320,240, found {value}", param, ctx)
+        return fx, fy, cx, cy
+
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=len(os.sched_getaffinity(0)),
+    show_default="all cores",
+    help="Processes.",
+)

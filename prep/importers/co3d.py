@@ -25,7 +25,7 @@ from typing import Any
 
 from prep.importers.co3d_cameras import read_camera
 from prep.importers.layouts import recognized
-from prep.importers.source import Frame, Sequence
+from prep.importers.source import DepthFile, Frame, Sequence
 from shards.index import sha256
 from shards.schema import SPLITS
 
@@ -99,9 +99,8 @@ class Co3D:
             path=str(path),
             image=self.co3d_dir / path,
             size=None,
-            depth=folder / "depths" / f"{path.name}.geometric.png" if has_depth else None,
+            depth=stereo_depth(folder / "depths" / f"{path.name}.geometric.png") if has_depth else None,
             mask=folder / "depth_masks" / f"{path.stem}.png",
-            depth_scale=1.0,
             camera=read_camera(entry),
         )
 
@@ -200,3 +199,8 @@ def read_annotations(path: Path) -> dict[str, list[Any]]:
     for name in content:
         sequence_name(name, path)
     return content
+
+
+def stereo_depth(path: Path, unit: float = 1.0) -> DepthFile:
+    """A depth map of Co3D: a 16-bit PNG whose bits are half floats."""
+    return DepthFile(path=path, encoding="half", unit=unit, kind="stereo")

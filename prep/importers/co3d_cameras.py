@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from prep.importers.source import Distortion
+
 NORM_IMAGE_BOUNDS, ISOTROPIC = "ndc_norm_image_bounds", "ndc_isotropic"
 TO_OPENCV = np.diag([-1.0, -1.0, 1.0])  # PyTorch3D's x is left and y is up
 
@@ -17,6 +19,7 @@ class OpenCVCamera:
 
     extrinsics: np.ndarray
     intrinsics: np.ndarray
+    distortion: Distortion | None = None
 
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Extrinsics [3, 4] and intrinsics [3, 3]; the size of the image does not matter."""
@@ -36,6 +39,7 @@ class PyTorch3DCamera:
     focal_length: np.ndarray
     principal_point: np.ndarray
     intrinsics_format: str
+    distortion: None = None
 
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Extrinsics [3, 4] and intrinsics [3, 3] for an image of this size."""

@@ -25,6 +25,7 @@ from prep.importers.co3d import (
     read_json,
     read_list,
     sequence_name,
+    stereo_depth,
 )
 from prep.importers.co3d_cameras import read_camera
 from prep.importers.source import Frame, Sequence
@@ -124,9 +125,10 @@ class OfficialCo3D:
             path=str(path),
             image=self.co3d_dir / path,
             size=None if size is None else (size[0], size[1]),
-            depth=places["path"],
+            depth=None
+            if places["path"] is None
+            else stereo_depth(places["path"], unit=1.0 if scale is None else float(scale)),
             mask=places["mask_path"],
-            depth_scale=1.0 if scale is None else float(scale),
             camera=read_camera(entry.get("viewpoint")),
         )
 

@@ -14,8 +14,24 @@ from typing import Any, Protocol
 import numpy as np
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distortion:
+    """How a lens bends rays before they meet the image, in OpenCV's models.
+
+    coefficients: k1, k2, p1, p2[, k3[, k4, k5, k6]] (radial and tangential) or, of a fisheye, k1, k2, k3, k4.
+    """
+
+    coefficients: tuple[float, ...]
+    fisheye: bool = False
+
+
 class Camera(Protocol):
     """A camera as the dataset writes it, such as those of prep.importers.co3d_cameras."""
+
+    @property
+    def distortion(self) -> Distortion | None:
+        """None: the image is that of a pinhole camera."""
+        ...
 
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Extrinsics [3, 4], camera-from-world with OpenCV's axes, and intrinsics [3, 3] of an image of this size.
@@ -26,6 +42,33 @@ class Camera(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DepthFile:
+    """A depth map of the view of its image, in whatever size.
+
+    encoding: half (16-bit PNG whose bits are half floats), uint16 (16-bit PNG), float (EXR, TIFF, npy or npz), colmap
+    (COLMAP's .bin). unit: of a stored number, in the units of the translations. kind: stereo, sensor, mvs or rendered;
+    what lies farthest in stereo depth is noise, and is dropped. along_ray: whether it is the distance from the camera
+    and not along its axis. nothing: a stored number that means unknown, beside 0. max_depth: in stored units; farther
+    is unknown.
+    """
+
+    path: Path
+    encoding: str = "uint16"
+    unit: float = 1.0
+    kind: str = "sensor"
+    along_ray: bool = False
+    nothing: float | None = None
+    max_depth: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsePoints:
+    """Points of the world [n, 3] that were seen in an image: each gives the depth of one pixel."""
+
+    points: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
 class Frame:
     """One image with its camera; files are read when the frame is packed, cameras are checked then."""
 
@@ -33,10 +76,28 @@ class Frame:
     path: str  # of the image within the dataset, for reports
     image: Path
     size: tuple[int, int] | None  # height and width that the dataset says the image has
-    depth: Path | None  # 16-bit PNG of half floats; None: camera only
-    mask: Path | None  # 8-bit PNG, depth counts where > 128; None, or no such file: everywhere
-    depth_scale: float
+    depth: DepthFile | SparsePoints | None  # None: camera only
+    mask: Path | None  # 8-bit, depth counts where > 128; None, or no such file: everywhere
     camera: Camera
+
+
+Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in pixels, (0, 0) the center of the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What an importer makes of one capture: frames in their order, before it is said what they are for.
+
+    bad: frames without an image or a pose: path, reason. files: those that say what the capture is. metric: whether
+    lengths are meters; None: not known. depth_kind: sensor, mvs, rendered, sparse or none.
+    """
+
+    name: str
+    frames: list[Frame]
+    bad: list[tuple[str, str]]
+    files: list[Path]
+    metric: bool | None
+    depth_kind: str
 
 
 @dataclass(frozen=True, kw_only=True)

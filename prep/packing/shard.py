@@ -12,8 +12,9 @@ from typing import Any
 import cv2
 
 from prep.importers.source import Sequence
-from prep.packing.frames import BadFrameError, PackedFrame, pack_frame
+from prep.packing.frames import PackedFrame, pack_frame
 from prep.packing.plan import PackError, PackOptions, ShardJob
+from prep.packing.reading import BadFrameError
 from prep.packing.sequences import doubtful_lengths, recentered
 from prep.packing.work import JOB_FILE, NOTHING_TO_REPORT, ShardReport, record_file
 from shards.build_index import index_file

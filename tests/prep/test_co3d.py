@@ -212,7 +212,7 @@ def test_null_fields_and_scales(official):
     source = OfficialCo3D(official.write(), "fewview_dev")
     made = found(source, "train")[("train", official.first[0], frames[0]["sequence_name"])].frames
     assert [f.depth is None for f in made[:3]] == [True, True, False]
-    assert [f.depth_scale for f in made[1:4]] == [1.0, 2.5, 1.0]
+    assert [f.depth.unit for f in made[2:4]] == [2.5, 1.0]
     assert made[3].mask is None
     assert made[4].size is None
 

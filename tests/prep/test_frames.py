@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planes import plane_depth, stripes
 
+from prep.importers.co3d import stereo_depth
 from prep.importers.co3d_cameras import OpenCVCamera
 from prep.importers.source import Frame
-from prep.packing.frames import BadFrameError, FrameOptions, pack_frame
+from prep.packing.frames import FrameOptions, pack_frame
+from prep.packing.reading import BadFrameError
 from shards.codecs import decode_depth, decode_jpeg, encode_jpeg
 
 
@@ -31,9 +33,8 @@ def make_frame(tmp_path):
             name="frame000001",
             path="apple/1/images/frame000001.jpg",
             image=tmp_path / "image.jpg",
-            depth=tmp_path / "depth.png",
+            depth=stereo_depth(tmp_path / "depth.png", scale),
             mask=None if mask is None else tmp_path / "mask.png",
-            depth_scale=scale,
             size=None,
             camera=OpenCVCamera(extrinsics=np.eye(4)[:3] if extrinsics is None else extrinsics, intrinsics=k),
         )
@@ -131,13 +132,13 @@ ROTATION = np.eye(4)[:3]
         (lambda f: f.image.unlink(), "image is missing"),
         (lambda f: f.image.write_bytes(f.image.read_bytes()[:2000]), "image is damaged"),
         (lambda f: f.image.write_bytes(b""), "image is damaged"),
-        (lambda f: f.image.write_bytes(cv2.imencode(".png", np.zeros((9, 9)))[1].tobytes()), "image is not a JPEG"),
-        (lambda f: f.depth.unlink(), "depth is missing"),
-        (lambda f: f.depth.write_bytes(f.depth.read_bytes()[:-500]), "depth is truncated"),
-        (lambda f: f.depth.write_bytes(b"IEND\xaeB`\x82"), "depth is damaged"),
-        (lambda f: cv2.imwrite(str(f.depth), np.ones((240, 320), np.uint8)), "depth is not a 16-bit gray PNG"),
-        (lambda f: cv2.imwrite(str(f.depth), np.ones((240, 320, 3), np.uint16)), "depth is not a 16-bit gray PNG"),
-        (lambda f: cv2.imwrite(str(f.depth), np.ones((10, 10), np.uint16)), "depth is not of the image's size"),
+        (lambda f: f.image.write_bytes(b"an old film"), "image is damaged"),
+        (lambda f: f.depth.path.unlink(), "depth is missing"),
+        (lambda f: f.depth.path.write_bytes(f.depth.path.read_bytes()[:-500]), "depth is truncated"),
+        (lambda f: f.depth.path.write_bytes(b"IEND\xaeB`\x82"), "depth is damaged"),
+        (lambda f: cv2.imwrite(str(f.depth.path), np.ones((240, 320), np.uint8)), "depth is not a 16-bit gray PNG"),
+        (lambda f: cv2.imwrite(str(f.depth.path), np.ones((240, 320, 3), np.uint16)), "depth is not a 16-bit gray PNG"),
+        (lambda f: cv2.imwrite(str(f.depth.path), np.ones((10, 10), np.uint16)), "depth is not of the image's size"),
         (lambda f: cv2.imwrite(str(f.mask), np.ones((10, 10), np.uint8)), "depth mask is not of the image's size"),
         (lambda f: f.camera.extrinsics.__setitem__((0, 3), np.nan), "camera is not finite"),
         (lambda f: f.camera.extrinsics.__setitem__((0, 0), -1), "camera is not a rotation"),
@@ -171,9 +172,8 @@ def test_any_size_packs_to_a_whole_frame(tmp_path_factory, height, width, short_
         name="f",
         path="a/b/images/f.jpg",
         image=folder / "i.jpg",
-        depth=folder / "d.png",
+        depth=stereo_depth(folder / "d.png"),
         mask=None,
-        depth_scale=1.0,
         size=None,
         camera=OpenCVCamera(extrinsics=np.eye(4)[:3], intrinsics=k),
     )

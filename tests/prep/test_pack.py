@@ -508,7 +508,6 @@ class MyDataset:
                 size=None,
                 depth=None,
                 mask=None,
-                depth_scale=1.0,
                 camera=camera,
             )
             for image in images

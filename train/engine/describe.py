@@ -138,7 +138,7 @@ def _next_steps(config: TrainConfig) -> list[str]:
     if config.init is None:
         return [
             "This was a model from scratch: it shows that everything works, not what VGGT can do. Next:",
-            "  your data, if this was not it: make finetune CO3D_DIR=<co3d> CO3D_ANNOTATION_DIR=<annotations>",
+            "  your data, if this was not it: make finetune CAPTURES=<folders> (or CO3D_DIR=<co3d>)",
             f"  VGGT itself, on this data:     make finetune SHARDS={shlex.quote(config.data.sources[0].path)} "
             "INIT=<the published checkpoint>",
         ]

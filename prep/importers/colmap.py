@@ -1,0 +1,105 @@
+"""COLMAP projects: every model under sparse/, with its points as sparse depth, or the maps of a dense folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.importers.co3d_cameras import OpenCVCamera
+from prep.importers.poses import pinhole
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, SparsePoints
+
+TITLE = "sparse/ and images/ (COLMAP)"
+MAX_ERROR, MIN_VIEWS = 2.0, 3  # pixels of reprojection, and images, of a point that is taken
+# COLMAP's models that are OpenCV's, with how many of its coefficients they have.
+RADIAL = {"SIMPLE_RADIAL": 1, "RADIAL": 2, "OPENCV": 4}
+FISHEYE = {"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 2, "OPENCV_FISHEYE": 4}
+PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
+
+
+def is_there(folder: Path) -> bool:
+    return bool(_models(folder))
+
+
+def _models(folder: Path) -> list[Path]:
+    """The folders of the models of a project: sparse/ itself, or those in it."""
+    sparse = folder / "sparse"
+    places = [sparse, *sorted(path for path in sparse.glob("*") if path.is_dir())] if sparse.is_dir() else []
+    return [place for place in places if any((place / f"cameras.{kind}").is_file() for kind in ("bin", "txt"))]
+
+
+def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
+    """A capture for each model: their worlds have nothing in common. Raises ValueError without the extra `colmap`."""
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise ValueError(f"{folder}: COLMAP's files need the extra `colmap`: pip install -e '.[colmap]'") from error
+    models = _models(folder)
+    captures = []
+    for model in models:
+        try:
+            reconstruction = pycolmap.Reconstruction(str(model))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"{model}: not readable as a model of COLMAP ({error})") from error
+        suffix = f"-{model.name}" if len(models) > 1 else ""
+        captures.append(_capture(folder, model, f"{folder.resolve().name}{suffix}", reconstruction))
+    return captures
+
+
+def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Capture:
+    dense = folder / "stereo" / "depth_maps"
+    has_dense = dense.is_dir()
+    points = {
+        number: point.xyz
+        for number, point in reconstruction.points3D.items()
+        if point.error <= MAX_ERROR and point.track.length() >= MIN_VIEWS
+    }
+    frames, bad = [], []
+    for image in sorted(reconstruction.images.values(), key=lambda image: image.name):
+        if not image.has_pose:
+            bad.append((image.name, "image without a pose"))
+            continue
+        try:
+            intrinsics, distortion = camera_of(reconstruction.cameras[image.camera_id])
+        except ValueError as error:
+            bad.append((image.name, str(error)))
+            continue
+        pose: Any = image.cam_from_world() if callable(image.cam_from_world) else image.cam_from_world
+        seen = [points[p.point3D_id] for p in image.points2D if p.has_point3D() and p.point3D_id in points]
+        depth = SparsePoints(points=np.array(seen).reshape(-1, 3))
+        if has_dense:
+            depth = DepthFile(path=dense / f"{image.name}.geometric.bin", encoding="colmap", kind="mvs")
+        camera = reconstruction.cameras[image.camera_id]
+        frames.append(
+            Frame(
+                name="-".join(Path(image.name).with_suffix("").parts),
+                path=f"images/{image.name}",
+                image=folder / "images" / image.name,
+                size=(camera.height, camera.width),
+                depth=depth,
+                mask=None,
+                camera=OpenCVCamera(extrinsics=np.array(pose.matrix()), intrinsics=intrinsics, distortion=distortion),
+            )
+        )
+    files = sorted(path for kind in ("bin", "txt") for path in model.glob(f"*.{kind}"))
+    kind = "mvs" if has_dense else "sparse"
+    return Capture(name=name, frames=frames, bad=bad, files=files, metric=False, depth_kind=kind)
+
+
+def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:
+    """Intrinsics [3, 3] and distortion of a camera of pycolmap. Raises ValueError for a model that OpenCV has not."""
+    name = camera.model.name
+    fx, fy = camera.focal_length_x, camera.focal_length_y
+    intrinsics = pinhole(fx, fy, camera.principal_point_x, camera.principal_point_y, corner=True)
+    extra = [float(camera.params[i]) for i in camera.extra_params_idxs()]
+    if name in PINHOLES or (not any(extra) and name in RADIAL):
+        return intrinsics, None
+    if name in FISHEYE:
+        return intrinsics, Distortion(coefficients=(*extra, *[0.0] * (4 - len(extra))), fisheye=True)
+    if name in RADIAL:
+        return intrinsics, Distortion(coefficients=(*extra, *[0.0] * (4 - len(extra))))
+    if name == "FULL_OPENCV":
+        return intrinsics, Distortion(coefficients=tuple(extra))
+    raise ValueError(f"camera model {name} cannot be undistorted: run colmap image_undistorter, and pack its output")

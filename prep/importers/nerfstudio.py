@@ -1,0 +1,111 @@
+"""Nerfstudio's transforms.json, also what ns-process-data writes of Polycam, Record3D and videos."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.importers.co3d_cameras import OpenCVCamera
+from prep.importers.poses import from_opengl, pinhole
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics
+
+TITLE = "transforms.json (nerfstudio)"
+FILE = "transforms.json"
+DEPTH_UNIT = 1e-3  # of a step of a 16-bit depth map: the loader's default
+PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE")
+SUFFIXES = (".png", ".jpg", ".jpeg")  # that NeRF's synthetic scenes leave out
+
+
+def is_there(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
+    """Raises ValueError that names the file and the key."""
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    entries = content.get("frames") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: expected a list `frames` that is not empty")
+    frames, bad = [], []
+    for number, entry in enumerate(entries):
+        try:
+            frames.append(_frame(folder, content, content | entry))
+        except (KeyError, TypeError, ValueError) as error:
+            name = entry.get("file_path", number) if isinstance(entry, dict) else number
+            reason = f"no {error.args[0]} in {FILE}" if isinstance(error, KeyError) else str(error)
+            bad.append((str(name), reason))
+    frames.sort(key=lambda frame: frame.path)
+    has_depth = any(frame.depth is not None for frame in frames)
+    kind = "sensor" if has_depth else "none"
+    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=[path], metric=None, depth_kind=kind)]
+
+
+def _frame(folder: Path, content: dict[str, Any], values: dict[str, Any]) -> Frame:
+    image = _image(folder, str(values["file_path"]))
+    pose = np.array(values["transform_matrix"], np.float64)
+    if pose.shape not in ((4, 4), (3, 4)):
+        raise ValueError("transform_matrix is not 4x4")
+    pose = np.vstack([pose[:3], [0, 0, 0, 1]])
+    depth = None
+    if "depth_file_path" in values:
+        place = folder / str(values["depth_file_path"])
+        # What was applied to the poses was not applied to the depths.
+        scale = float(content.get("applied_scale", 1.0))
+        is_png = place.suffix.lower() == ".png"
+        unit = (DEPTH_UNIT if is_png else 1.0) * scale
+        depth = DepthFile(path=place, encoding="uint16" if is_png else "float", unit=unit)
+    return Frame(
+        name=_name(image.relative_to(folder)),
+        path=str(image.relative_to(folder)),
+        image=image,
+        size=(int(values["h"]), int(values["w"])) if "h" in values and "w" in values else None,
+        depth=depth,
+        mask=folder / str(values["mask_path"]) if "mask_path" in values else None,
+        camera=OpenCVCamera(
+            extrinsics=from_opengl(pose), intrinsics=_intrinsics(values), distortion=_distortion(values)
+        ),
+    )
+
+
+def _image(folder: Path, name: str) -> Path:
+    path = folder / name
+    if path.suffix or path.exists():
+        return path
+    return next((found for suffix in SUFFIXES if (found := path.with_name(path.name + suffix)).exists()), path)
+
+
+def _name(path: Path) -> str:
+    """A frame's name: that of its file, with the folders before it where these tell files apart."""
+    parts = path.with_suffix("").parts
+    return "-".join(parts[1:] if parts[0] == "images" and len(parts) > 1 else parts)
+
+
+def _intrinsics(values: dict[str, Any]) -> np.ndarray:
+    if "fl_x" in values:
+        focal = float(values["fl_x"])
+        return pinhole(focal, float(values.get("fl_y", focal)), float(values["cx"]), float(values["cy"]), corner=True)
+    width, height = float(values["w"]), float(values["h"])
+    focal = width / 2 / math.tan(float(values["camera_angle_x"]) / 2)
+    return pinhole(focal, focal, width / 2, height / 2, corner=True)
+
+
+def _distortion(values: dict[str, Any]) -> Distortion | None:
+    model = values.get("camera_model", "OPENCV")
+    if model not in ("OPENCV", "OPENCV_FISHEYE", *PINHOLES):
+        raise ValueError(f"camera_model {model} cannot be undistorted")
+    fisheye = model == "OPENCV_FISHEYE"
+    keys = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
+    numbers = tuple(float(values.get(key, 0.0)) for key in keys)
+    if not fisheye and values.get("k4"):
+        raise ValueError("k4 of a lens that is no fisheye cannot be undistorted")
+    if model in PINHOLES or not (fisheye or any(numbers)):
+        return None
+    return Distortion(coefficients=numbers, fisheye=fisheye)

@@ -1,0 +1,51 @@
+"""7-Scenes: frame-NNNNNN.{color,depth,pose}, camera-to-world with OpenCV's axes, depth in millimeters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prep.importers.co3d_cameras import OpenCVCamera
+from prep.importers.poses import inverted, pinhole, read_matrix
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+
+TITLE = "frame-NNNNNN.{color,depth,pose} (7-Scenes)"
+INTRINSICS_FILE = "camera-intrinsics.txt"
+DEFAULT = (585.0, 585.0, 320.0, 240.0)  # the dataset's, of 640 x 480
+NOTHING = 65535
+
+
+def is_there(folder: Path) -> bool:
+    return any(folder.glob("frame-*.pose.txt"))
+
+
+def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
+    file = folder / INTRINSICS_FILE
+    if intrinsics is None and file.is_file():
+        matrix = read_matrix(file.read_text(), 3, 3)
+    else:
+        matrix = pinhole(*(intrinsics or DEFAULT))
+    frames, bad = [], []
+    poses = sorted(folder.glob("frame-*.pose.txt"))
+    for pose in poses:
+        stem = pose.name.removesuffix(".pose.txt")
+        image = next(iter(sorted(folder.glob(f"{stem}.color.*"))), folder / f"{stem}.color.png")
+        depth = folder / f"{stem}.depth.png"
+        try:
+            extrinsics = inverted(read_matrix(pose.read_text(), 4, 4))
+        except ValueError as error:
+            bad.append((pose.name, str(error)))
+            continue
+        frames.append(
+            Frame(
+                name=stem,
+                path=image.name,
+                image=image,
+                size=None,
+                depth=DepthFile(path=depth, unit=1e-3, nothing=NOTHING) if depth.exists() else None,
+                mask=None,
+                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
+            )
+        )
+    kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
+    files = [*poses, file] if file.is_file() else poses
+    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind)]

@@ -1,0 +1,91 @@
+"""TUM RGB-D: lists of images, depths and poses by time, which are not synchronous."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from prep.importers.co3d_cameras import OpenCVCamera
+from prep.importers.poses import interpolated, inverted, pinhole
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+
+TITLE = "rgb.txt, depth.txt, groundtruth.txt (TUM RGB-D)"
+MOST_APART = 0.02  # seconds between an image and its depth, or the nearest pose
+DEPTH_UNIT = 1 / 5000  # meters a step
+# The dataset's own cameras, by what the names of its folders hold.
+KNOWN = {
+    "freiburg1": (517.3, 516.5, 318.6, 255.3),
+    "freiburg2": (520.9, 521.0, 325.1, 249.7),
+    "freiburg3": (535.4, 539.2, 320.1, 247.6),
+}
+
+
+def is_there(folder: Path) -> bool:
+    return (folder / "groundtruth.txt").is_file() and (folder / "rgb.txt").is_file()
+
+
+def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
+    """Raises ValueError if the camera is not known."""
+    intrinsics = intrinsics or _known(folder)
+    if intrinsics is None:
+        raise ValueError(f"{folder}: TUM's layout does not say the camera: give --intrinsics fx,fy,cx,cy")
+    images, depths = _listed(folder / "rgb.txt"), _listed(folder / "depth.txt")
+    times, poses = _poses(folder / "groundtruth.txt")
+    depth_times = np.array(sorted(depths))
+    frames, bad = [], []
+    for time, name in sorted(images.items()):
+        if len(times) < 2 or np.abs(times - time).min() > MOST_APART:
+            bad.append((name, "no pose near the time of the image"))
+            continue
+        near = float(depth_times[np.abs(depth_times - time).argmin()]) if len(depth_times) else None
+        depth = None
+        if near is not None and abs(near - time) <= MOST_APART:
+            depth = DepthFile(path=folder / depths[near], unit=DEPTH_UNIT)
+        extrinsics = inverted(interpolated(time, times, poses[:, 3:], poses[:, :3]))
+        frames.append(
+            Frame(
+                name=re.sub(r"\W", "_", Path(name).stem),
+                path=name,
+                image=folder / name,
+                size=None,
+                depth=depth,
+                mask=None,
+                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=pinhole(*intrinsics)),
+            )
+        )
+    kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
+    files = [path for name in ("rgb", "depth", "groundtruth") if (path := folder / f"{name}.txt").is_file()]
+    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind)]
+
+
+def _known(folder: Path) -> Intrinsics | None:
+    name = folder.resolve().name.replace("fr", "freiburg").replace("freiburgeiburg", "freiburg")
+    return next((camera for key, camera in KNOWN.items() if key in name), None)
+
+
+def _rows(path: Path) -> list[list[str]]:
+    if not path.is_file():
+        return []
+    lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+    return [line for line in lines if line]
+
+
+def _listed(path: Path) -> dict[float, str]:
+    """Time -> file. Raises ValueError for other lines."""
+    try:
+        return {float(time): name for time, name, *_ in _rows(path)}
+    except ValueError as error:
+        raise ValueError(f"{path}: expected lines of a time and a file ({error})") from error
+
+
+def _poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Times [n] in order, and tx ty tz qx qy qz qw [n, 7], those that are finite. Raises ValueError."""
+    try:
+        rows = np.array(_rows(path), np.float64).reshape(-1, 8)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected lines of t tx ty tz qx qy qz qw ({error})") from error
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    return rows[:, 0], rows[:, 1:]

@@ -1,0 +1,53 @@
+"""VGGT-Omega's scenes: images/, depths/<stem>.exr, cam_from_worlds.npy and intrinsics.npy, OpenCV's axes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from prep.importers.co3d_cameras import OpenCVCamera
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+
+TITLE = "cam_from_worlds.npy, intrinsics.npy, images/ (VGGT-Omega)"
+POSES, CAMERAS, NAMES = "cam_from_worlds.npy", "intrinsics.npy", "image_names.json"
+
+
+def is_there(folder: Path) -> bool:
+    return (folder / POSES).is_file()
+
+
+def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
+    """Raises ValueError for files that do not belong together.
+
+    Pixels are measured from corners there, as its own evaluation does: the principal point is moved by half a pixel.
+    """
+    try:
+        names = json.loads((folder / NAMES).read_text(encoding="utf-8"))
+        poses, cameras = (np.load(folder / name, allow_pickle=False) for name in (POSES, CAMERAS))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: expected {NAMES}, {POSES} and {CAMERAS} ({error})") from error
+    if poses.shape[1:] != (3, 4) or cameras.shape != (len(poses), 3, 3) or len(names) != len(poses):
+        raise ValueError(
+            f"{folder}: expected as many names as poses [N, 3, 4] and intrinsics [N, 3, 3], found {len(names)}, "
+            f"{poses.shape} and {cameras.shape}"
+        )
+    frames = []
+    for name, pose, camera in zip(names, poses.astype(np.float64), cameras.astype(np.float64), strict=True):
+        image, depth = folder / "images" / name, folder / "depths" / f"{Path(name).stem}.exr"
+        shifted = camera - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
+        frames.append(
+            Frame(
+                name=Path(name).stem,
+                path=f"images/{name}",
+                image=image,
+                size=None,
+                depth=DepthFile(path=depth, encoding="float", kind="rendered") if depth.exists() else None,
+                mask=None,
+                camera=OpenCVCamera(extrinsics=pose, intrinsics=shifted),
+            )
+        )
+    kind = "rendered" if any(frame.depth is not None for frame in frames) else "none"
+    files = [folder / name for name in (NAMES, POSES, CAMERAS)]
+    return [Capture(name=folder.resolve().name, frames=frames, bad=[], files=files, metric=None, depth_kind=kind)]

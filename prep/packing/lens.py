@@ -1,0 +1,66 @@
+"""Distorted images as a pinhole camera would have taken them."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from prep.importers.source import Distortion
+
+WIDEST = 60.0  # degrees from the axis: beyond that a pinhole image of a fisheye would be mostly margin
+BORDER_STEPS = 50
+PRECISE = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 100, 1e-10)
+
+
+class Lens:
+    """The lens of a camera with intrinsics [3, 3] whose images are height x width pixels.
+
+    intrinsics: those of the pinhole camera in its place, [3, 3], of the same size, centered, with square pixels. Its
+    focal length is the smallest at which every pixel shows something that the lens saw.
+    """
+
+    def __init__(self, intrinsics: np.ndarray, distortion: Distortion, height: int, width: int) -> None:
+        self.source, self.distortion, self.size = intrinsics, distortion, (height, width)
+        self._coefficients = np.array(distortion.coefficients, np.float64)
+        center = np.array([(width - 1) / 2, (height - 1) / 2])
+        sides = np.linspace(-0.5, 0.5, BORDER_STEPS)
+        half = np.array([width, height]) / 2
+        focal = max(half) / np.tan(np.radians(WIDEST))
+        for axis, sign in ((0, -1), (0, 1), (1, -1), (1, 1)):
+            border = np.empty((BORDER_STEPS, 2))
+            border[:, axis] = center[axis] + sign * (half[axis] - 0.5)
+            border[:, 1 - axis] = center[1 - axis] + sides * 2 * (half[1 - axis] - 0.5)
+            reach = sign * self._rays(border)[:, axis]
+            if (reach > 0).all():
+                focal = max(focal, float((half[axis] / reach).max()))
+        self.intrinsics = np.array([[focal, 0, center[0]], [0, focal, center[1]], [0, 0, 1]])
+
+    def _rays(self, pixels: np.ndarray) -> np.ndarray:
+        """Directions x / z, y / z [n, 2] of pixels [n, 2] of the distorted image."""
+        points = np.ascontiguousarray(pixels, np.float64)[:, None]
+        if self.distortion.fisheye:
+            return cv2.fisheye.undistortPoints(points, self.source, self._coefficients)[:, 0]
+        # OpenCV's default stops after five rounds, at a hundredth of a pixel.
+        return cv2.undistortPoints(points, self.source, self._coefficients, criteria=PRECISE)[:, 0]
+
+    def from_source(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels [n, 2] of the pinhole image for those of the distorted one."""
+        return self._rays(pixels) * np.diag(self.intrinsics)[:2] + self.intrinsics[:2, 2]
+
+    def to_source(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels [n, 2] of the distorted image for those of the pinhole one."""
+        rays = (np.asarray(pixels, np.float64) - self.intrinsics[:2, 2]) / np.diag(self.intrinsics)[:2]
+        if self.distortion.fisheye:
+            return cv2.fisheye.distortPoints(rays[:, None], self.source, self._coefficients)[:, 0]
+        rays = np.column_stack([rays, np.ones(len(rays))])
+        zero = np.zeros(3)
+        return cv2.projectPoints(rays[:, None], zero, zero, self.source, self._coefficients)[0][:, 0]
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """The pinhole image [H, W, 3] of a distorted one."""
+        height, width = self.size
+        y, x = np.mgrid[:height, :width]
+        places = self.to_source(np.column_stack([x.reshape(-1), y.reshape(-1)])).astype(np.float32)
+        places = places.reshape(height, width, 2)
+        x, y = np.moveaxis(places, -1, 0)
+        return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

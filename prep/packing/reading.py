@@ -1,0 +1,63 @@
+"""Files of a frame, read with reasons to count frames by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+PNG_END = b"IEND\xaeB`\x82"
+
+
+class BadFrameError(ValueError):
+    """A frame that cannot be used; the message is the reason it is counted under, its detail what was found."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def read_file(path: Path, what: str) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # nothing comes out of a pipe
+            raise BadFrameError(f"{what} is not a file")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadFrameError(f"{what} is missing") from error
+    except (OSError, ValueError) as error:  # also a path that no file can have
+        raise BadFrameError(f"{what} is not readable", str(error)) from error
+
+
+def read_png(path: Path, what: str, dtype: type) -> np.ndarray:
+    """A PNG of one channel of this dtype: [H, W]. Raises BadFrameError."""
+    data = read_file(path, what)
+    if PNG_END not in data[-64:]:  # OpenCV fills what is missing with zeros and says nothing
+        raise BadFrameError(f"{what} is truncated")
+    image = read_image(data, what)
+    if image.dtype != dtype or image.ndim != 2:
+        raise BadFrameError(f"{what} is not a {8 * np.dtype(dtype).itemsize}-bit gray PNG")
+    return image
+
+
+def read_image(data: bytes, what: str, flags: int = cv2.IMREAD_UNCHANGED) -> np.ndarray:
+    """What OpenCV makes of a file's bytes. Raises BadFrameError."""
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # a header of absurd size
+        image = None
+    if image is None:
+        raise BadFrameError(f"{what} is damaged")
+    return image
+
+
+def read_rgb(data: bytes) -> np.ndarray:
+    """The pixels of an image in any format that OpenCV reads as RGB uint8 [H, W, 3], as they are stored.
+
+    An EXIF orientation is not applied: cameras belong to the stored pixels. Raises BadFrameError.
+    """
+    if data.startswith(b"\x89PNG") and PNG_END not in data[-64:]:
+        raise BadFrameError("image is damaged", "it is truncated")
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.cvtColor(read_image(data, "image", flags), cv2.COLOR_BGR2RGB)

@@ -1,0 +1,299 @@
+"""Captures in the layouts that people have: the same cameras and depths, whatever the layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pycolmap
+import pytest
+from conftest import vggt_prep
+from golden_figures import SHARED
+from layout_writers import WRITERS, rendered, write_image
+from scipy.spatial.transform import Rotation
+
+import shards
+from prep.importers.source import Distortion
+from prep.packing.lens import Lens
+from shards.codecs import decode_depth, decode_jpeg
+
+REAL = SHARED / "captures"
+MOST = dict.fromkeys(WRITERS, 60.0) | {"tum": 13.0}  # meters that 16 bits hold
+
+
+@pytest.fixture(scope="module")
+def views():
+    return rendered()
+
+
+def pack(folder, out, *options):
+    done = vggt_prep("pack", folder, "--out", out, "--test-tail", 0.5, "--min-frames", 1, "--workers", 1, *options)
+    assert done.returncode == 0, done.stderr
+    return shards.open(out)
+
+
+def depth_of(opened, number):
+    row = opened.frames[number]
+    return (
+        decode_depth(opened.read(number)[1], int(row["height"]), int(row["width"])).astype(float) * row["depth_scale"]
+    )
+
+
+def in_order(opened):
+    """Numbers of the frames, by name."""
+    return np.argsort(opened.frames["name"], kind="stable")
+
+
+def relative(poses):
+    """Poses relative to the first: recentering does not change them."""
+    full = [np.vstack([pose, [0, 0, 0, 1]]) for pose in poses]
+    return np.array([pose @ np.linalg.inv(full[0]) for pose in full])
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_cameras_and_depths_are_those_of_the_scene_in_every_layout(views, tmp_path, layout):
+    WRITERS[layout](tmp_path / "capture", views)
+    k = views[0].intrinsics
+    camera = ",".join(map(repr, map(float, (k[0, 0], k[1, 1], k[0, 2], k[1, 2]))))
+    opened = pack(tmp_path / "capture", tmp_path / "set", *(("--intrinsics", camera) if layout == "tum" else ()))
+    order = in_order(opened)
+    assert len(order) == len(views)
+    tolerance = 1e-5 if layout == "tum" else 1e-6
+    for half in (slice(0, 4), slice(4, 8)):  # the sequences of the two splits, each about its own middle
+        truth = relative([view.cam_from_world for view in views[half]])
+        assert np.abs(relative(opened.frames["extrinsics"][order[half]]) - truth).max() < tolerance
+    for number, view in zip(order, views, strict=True):
+        assert np.abs(opened.frames["intrinsics"][number] - view.intrinsics).max() < 1e-9
+        found, known = depth_of(opened, number), (view.depth > 0) & (view.depth < MOST[layout])
+        assert ((found > 0) == known)[view.depth < MOST[layout]].all()
+        assert np.abs(found[known] / view.depth[known] - 1).max() < 2e-3
+        image, _ = decode_jpeg(opened.read(number)[0])
+        assert np.abs(image.astype(float) - view.image).mean() < 6
+
+
+def test_smaller_images_keep_depth_and_cameras_together(views, tmp_path):
+    """Points of the depth at half the size lie on the surface that is seen at full size."""
+    WRITERS["frames"](tmp_path / "capture", views)
+    small = pack(tmp_path / "capture", tmp_path / "small", "--short-side", 100)
+    for number, view in zip(in_order(small), views, strict=True):
+        row, depth = small.frames[number], depth_of(small, number)
+        v, u = np.nonzero(depth)
+        factor = np.array(view.depth.shape) / depth.shape
+        x, y = (u + 0.5) * factor[1] - 0.5, (v + 0.5) * factor[0] - 0.5
+        k = row["intrinsics"]
+        ray = (u - k[0, 2]) / k[0, 0]
+        assert np.allclose(ray, (x - view.intrinsics[0, 2]) / view.intrinsics[0, 0], atol=1e-6)
+        near = [
+            view.depth[np.rint(y + dy).astype(int), np.rint(x + dx).astype(int)]
+            for dx in (-0.5, 0.4)
+            for dy in (-0.5, 0.4)
+        ]
+        assert (np.abs(np.array(near) / depth[v, u] - 1).min(axis=0) < 2e-3).mean() > 0.999
+
+
+CAMERAS = {
+    "PINHOLE": [300, 305, 162, 118],
+    "SIMPLE_RADIAL": [300, 160, 120, -0.15],
+    "OPENCV": [300, 305, 162, 118, -0.25, 0.08, 1e-3, -2e-3],
+    "OPENCV_FISHEYE": [200, 203, 158, 121, 0.05, -0.02, 0.01, -0.002],
+}
+NORMAL, DISTANCE = np.array([0.1, -0.2, 0.97]) / np.linalg.norm([0.1, -0.2, 0.97]), 2.0
+
+
+def stripes(points):
+    """A pattern on the plane, by two of the world's coordinates."""
+    return 127 + 60 * np.sin(9 * points[..., 0]) + 60 * np.sin(9 * points[..., 1])
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("model", CAMERAS)
+def test_distorted_images_of_colmap_become_those_of_a_pinhole_camera(tmp_path, model, binary):
+    """Written by pycolmap, whose camera also renders: a plane of stripes, with points on it."""
+    height, width = 240, 320
+    camera = pycolmap.Camera.create_from_model_name(1, model, 300.0, width, height)
+    camera.params = CAMERAS[model]
+    y, x = np.mgrid[:height, :width]
+    pixels = np.column_stack([x.reshape(-1) + 0.5, y.reshape(-1) + 0.5]).astype(float)  # from the corner
+    rays = np.column_stack([np.array(camera.cam_from_img(pixels)), np.ones(len(pixels))])
+    rng = np.random.default_rng(0)
+    model_of = pycolmap.Reconstruction()
+    model_of.add_camera_with_trivial_rig(camera)
+    poses, seen = [], []
+    on_plane = np.column_stack([rng.uniform(-0.6, 0.6, (400, 2)), np.zeros(400)])
+    on_plane[:, 2] = (DISTANCE - on_plane[:, :2] @ NORMAL[:2]) / NORMAL[2]
+    for i in range(6):
+        rotation = Rotation.from_euler("xyz", rng.uniform(-8, 8, 3), degrees=True).as_matrix()
+        pose = np.column_stack([rotation, -rotation @ rng.uniform(-0.15, 0.15, 3)])
+        poses.append(pose)
+        direction = rays @ rotation  # in the world
+        center = -rotation.T @ pose[:, 3]
+        points = center + direction * ((DISTANCE - NORMAL @ center) / (direction @ NORMAL))[:, None]
+        write_image(tmp_path / "p" / "images" / f"{i}.png", np.repeat(stripes(points).reshape(height, width, 1), 3, -1))
+        in_camera = on_plane @ rotation.T + pose[:, 3]
+        seen.append(np.array([camera.img_from_cam(point) for point in in_camera]))
+    for i, (pose, keypoints) in enumerate(zip(poses, seen, strict=True)):
+        image = pycolmap.Image(name=f"{i}.png", keypoints=keypoints, camera_id=1, image_id=i + 1)
+        model_of.add_image_with_trivial_frame(image, pycolmap.Rigid3d(pose))
+    for number, point in enumerate(on_plane):
+        track = pycolmap.Track()
+        for i in range(len(poses)):
+            track.add_element(i + 1, number)
+        model_of.add_point3D(point, track, np.zeros(3, np.uint8))
+    model_of.update_point_3d_errors()
+    sparse = tmp_path / "p" / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    (model_of.write_binary if binary else model_of.write_text)(str(sparse))
+    opened = pack(tmp_path / "p", tmp_path / "set", "--short-side", 180, "--quality", 100)
+    assert len(opened.frames) == 6
+    for row, pose in zip(opened.frames[in_order(opened)], poses, strict=True):
+        assert np.abs(row["extrinsics"][:, :3] - pose[:, :3]).max() < 1e-6
+    for number in range(6):
+        row, depth = opened.frames[number], depth_of(opened, number)
+        rotation, t, k = row["extrinsics"][:, :3], row["extrinsics"][:, 3], row["intrinsics"]
+        h, w = depth.shape
+        v, u = np.nonzero(depth)
+        assert len(v) > 50
+        points = (
+            np.column_stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones(len(u))]) * depth[v, u, None]
+        )
+        split_origin = origin_of(opened, number, poses)
+        world = (points - t) @ rotation + split_origin
+        # A point's depth stands at the middle of its pixel, so up to half a pixel beside the point.
+        assert np.abs(world @ NORMAL - DISTANCE).max() < 0.8 * DISTANCE / k[0, 0]
+        image, _ = decode_jpeg(opened.read(number)[0])
+        y, x = np.mgrid[:h, :w]
+        direction = np.stack([(x - k[0, 2]) / k[0, 0], (y - k[1, 2]) / k[1, 1], np.ones((h, w))], -1) @ rotation
+        center = -rotation.T @ t + split_origin
+        points = center + direction * ((DISTANCE - NORMAL @ center) / (direction @ NORMAL))[..., None]
+        error = np.abs(image[..., 0] - stripes(points))
+        assert error.mean() < 3
+        corners = [error[:8, :8], error[:8, -8:], error[-8:, :8], error[-8:, -8:]]
+        assert max(part.mean() for part in corners) < 5
+
+
+def origin_of(opened, number, poses):
+    """Where the origin of a frame's sequence lies in the world of the test."""
+    sequence = opened.sequences[opened.frames["sequence"][number]]
+    first, count = int(sequence["first"]), int(sequence["count"])
+    names = [int(name) for name in opened.frames["name"][first : first + count]]
+    return np.median([-poses[i][:, :3].T @ poses[i][:, 3] for i in names], axis=0)
+
+
+@pytest.mark.parametrize(
+    "distortion",
+    [
+        Distortion(coefficients=(-0.3, 0.1, 1e-3, 2e-3, -0.01)),
+        Distortion(coefficients=(0.2, -0.05, 0, 0)),
+        Distortion(coefficients=(0.1, -0.02, 0.01, 0.0), fisheye=True),
+    ],
+)
+def test_a_lens_there_and_back_and_every_pixel_of_its_pinhole_image_was_seen(distortion):
+    k = np.array([[300.0, 0, 170], [0, 310, 115], [0, 0, 1]])
+    lens = Lens(k, distortion, 240, 320)
+    rng = np.random.default_rng(0)
+    pixels = rng.uniform((0, 0), (319, 239), (500, 2))
+    assert np.abs(lens.from_source(lens.to_source(pixels)) - pixels).max() < 1e-6
+    edge = [(x, y) for x in range(320) for y in (0, 239)] + [(x, y) for x in (0, 319) for y in range(240)]
+    seen = lens.to_source(np.array(edge, float))
+    assert (seen > -0.51).all()
+    assert (seen < np.array([319.51, 239.51])).all()
+
+
+def test_coarse_depth_supervises_a_pixel_a_sample_and_is_not_spread(views, tmp_path):
+    WRITERS["scannet"](tmp_path / "capture", views)
+    for path in (tmp_path / "capture" / "depth").glob("*.png"):
+        depth = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.ascontiguousarray(depth[2::5, 2::5]))
+    opened = pack(tmp_path / "capture", tmp_path / "set")
+    number = in_order(opened)[0]
+    depth, view = depth_of(opened, number), views[0]
+    v, u = np.nonzero(depth)
+    samples = view.depth[2::5, 2::5]
+    assert len(v) == (samples > 0).sum()
+    assert np.abs(depth[v, u] / view.depth[v, u] - 1).max() < 2e-3  # at the middle of the 5 x 5 pixels
+
+
+def test_frames_without_an_image_or_a_pose_are_counted(views, tmp_path):
+    WRITERS["scannet"](tmp_path / "capture", views)
+    (tmp_path / "capture" / "pose" / "2.txt").write_text("-inf " * 16)
+    (tmp_path / "capture" / "color" / "5.jpg").unlink()
+    options = ("--test-tail", 0.5, "--min-frames", 1, "--max-bad", 0.5)
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", *options)
+    assert done.returncode == 0, done.stderr
+    assert "1 frame left out: pose is not finite" in done.stdout
+    assert "1 frame left out: image is missing" in done.stdout
+
+
+def test_splits_are_by_capture_or_by_the_end_of_each(views, tmp_path):
+    for name in "abcde":
+        WRITERS["sevenscenes"](tmp_path / "all" / name, views[:5])
+    for options, test in (
+        ((), {"c"}),
+        (("--test", "a", "--test", "d"), {"a", "d"}),
+        (("--test-fraction", 0.4), {"b", "d"}),
+    ):
+        done = vggt_prep("pack", tmp_path / "all", "--out", tmp_path / "set", *options)
+        assert done.returncode == 0, done.stderr
+        rows = shards.open(tmp_path / "set").sequences
+        assert {row["name"].decode() for row in rows if row["split"] == b"test"} == test
+        assert len(rows) == 5
+        shutil.rmtree(tmp_path / "set")
+    done = vggt_prep("pack", tmp_path / "all" / "a", "--out", tmp_path / "set", "--min-frames", 1)
+    assert "testing on the last frames of each capture: places that are trained on" in done.stdout
+    assert [row["count"] for row in shards.open(tmp_path / "set").sequences] == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["empty"], "empty: holds no capture of a known layout. Looked for colmap: sparse/ and images/"),
+        (["gone"], "gone: no such folder"),
+        (["two"], "two: may be nerfstudio or tum: say which with --format"),
+        (["two", "--format", "nerfstudio"], "expected a list `frames` that is not empty"),
+        (["two", "--format", "tum"], "TUM's layout does not say the camera: give --intrinsics fx,fy,cx,cy"),
+        (["polycam"], "this looks like a Polycam export"),
+        (["two", "--category", "x"], "are for --co3d-dir"),
+        ([], "give either folders of captures, or --co3d-dir"),
+        (["seven", "--test", "x"], "--test x: no such capture; there are seven"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(views, tmp_path, arguments, words):
+    for name in ("empty", "two", "polycam/keyframes/cameras"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "two" / "transforms.json").write_text("{}")
+    (tmp_path / "polycam" / "keyframes" / "cameras" / "1.json").write_text("{}")
+    for name in ("rgb.txt", "groundtruth.txt"):
+        (tmp_path / "two" / name).write_text("")
+    WRITERS["sevenscenes"](tmp_path / "seven", views[:1])
+    given = [
+        tmp_path / name
+        if (tmp_path / name).parent == tmp_path and not name.startswith("-") and name not in ("x", "tum", "nerfstudio")
+        else name
+        for name in arguments
+    ]
+    done = vggt_prep("pack", *given, "--out", tmp_path / "set")
+    assert done.returncode == 1
+    assert words in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real captures beside this checkout")
+def test_three_layouts_of_one_real_capture_give_the_same_and_colmap_two_sequences(tmp_path):
+    options = {"tum": ("--intrinsics", "585,585,320,240")}
+    sets = {
+        name: pack(REAL / name, tmp_path / name, *options.get(name, ()))
+        for name in ("sevenscenes", "tum", "nerfstudio")
+    }
+    one = sets["sevenscenes"]
+    for name, tolerance in (("nerfstudio", 1e-6), ("tum", 2e-5)):  # its quaternions are rounded
+        other = sets[name]
+        assert np.abs(one.frames["extrinsics"] - other.frames["extrinsics"]).max() < tolerance
+        assert (one.frames["intrinsics"] == other.frames["intrinsics"]).all()
+        assert (one.frames["jpg_crc"] == other.frames["jpg_crc"]).all()
+        assert max(np.abs(depth_of(one, i) - depth_of(other, i)).max() for i in range(30)) == 0
+    sparse = pack(REAL / "colmap", tmp_path / "colmap")
+    assert sorted(sparse.sequences["count"][sparse.sequences["split"] == b"train"] * 2 // 2) == [3, 15]
+    assert len(sparse.frames) == 37
+    said = json.loads((tmp_path / "colmap" / "dataset.json").read_text())["source"]["captures"]
+    assert {entry["depth"] for entry in said.values()} == {"sparse"}
