@@ -11,13 +11,17 @@ from rich.progress import (
 )
 
 import shards
-from prep.info import print_info
+from prep.check import check_capture
+from prep.importers.captures import FORMATS, CaptureOptions, Captures
+from prep.importers.source import Intrinsics
+from prep.info import print_checks, print_info
 from prep.pack_command import pack_command
 from prep.packing.executors import process_pool
 from prep.synth.scenes import SynthOptions, synth
 from prep.terminal import (
     Fraction,
     LocalPath,
+    PinholeNumbers,
     counted,
     plain_errors,
     progress_bar,
@@ -33,13 +37,43 @@ def main() -> None:
 
     \b
     vggt-prep synth --out captures                     render something to try
-    vggt-prep pack --co3d-dir co3d --out shards        make a shard set
+    vggt-prep check captures                           do cameras, images and depths fit?
+    vggt-prep pack captures --out shards               make a shard set; of Co3D: --co3d-dir co3d
     vggt-prep preview shards                           look at it
     vggt-prep verify shards                            check each of its bytes
     """
 
 
 main.add_command(pack_command)
+
+
+@main.command("check")
+@click.argument("captures", nargs=-1, required=True, type=LocalPath())
+@click.option("--format", "layout", type=click.Choice([*FORMATS]), help="Of the captures.  [default: as recognized]")
+@click.option("--intrinsics", type=PinholeNumbers(), help="fx,fy,cx,cy, where the layout has none.")
+def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: Intrinsics | None) -> None:
+    """Measure whether the cameras of captures fit their images, and their depths the cameras.
+
+    Features of the images are matched; they must lie on each other's epipolar lines, and what is triangulated from them
+    at the depths. The same is tried with poses inverted, OpenGL axes, transposed rotations, poses one frame off, fx and
+    fy or width and height exchanged, and depths 1000 times too large or small. It cannot tell half a pixel, nor depth
+    along the ray from depth along the axis. Ends with exit code 1 unless all captures fit.
+
+    \b
+    vggt-prep check captures/
+    """
+    with plain_errors():
+        found = Captures(list(captures), CaptureOptions(format=layout, intrinsics=intrinsics))
+        checks = []
+        with progress_bar("captures") as bar:
+            task = start(bar, "checking", len(found.found))
+            for _, capture in found.found:
+                checks.append(check_capture(capture))
+                bar.advance(task)
+    print_checks(checks)
+    wrong = [check.name for check in checks if not check.fits]
+    if wrong:
+        raise click.ClickException(f"{counted(len(wrong), 'capture')} not found to fit: {', '.join(wrong)}")
 
 
 @main.command("synth")

@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 import shards
+from prep.check import CaptureCheck
 from prep.packing.pack import PackResult
 from prep.packing.work import read_report
 from prep.terminal import console, counted, size_text
@@ -75,3 +76,15 @@ def print_info(shard_set: str) -> None:
         click.echo(f"{name}: {said['depth']} depth, lengths in {metric}")
     options = ", ".join(f"{key} {value}" for key, value in sorted(opened.dataset["options"].items()))
     click.echo(f"packed with {options}" if options else "packed with unknown options: its index was rebuilt")
+
+
+def print_checks(checks: list[CaptureCheck]) -> None:
+    """What was measured of each capture, and what is wrong with those that do not fit."""
+    table = Table("capture", "pairs of views", "matches near epipolar lines", "depth over triangulated", "verdict")
+    verdicts = {True: "fits", False: "DOES NOT FIT", None: "cannot tell"}
+    for check in checks:
+        ratio = "" if check.depth_ratio is None else f"{check.depth_ratio:.3g}"
+        table.add_row(check.name, str(check.pairs), f"{check.near:.0%}", ratio, verdicts[check.fits])
+    console.print(table)
+    for check in checks:
+        click.echo(f"{check.name}: {check.words}")

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.progress import Progress, TaskID
 
+from prep.check import check_capture
 from prep.importers.captures import FORMATS, CaptureOptions, Captures, Split
 from prep.importers.co3d import Co3D
 from prep.importers.co3d_official import OfficialCo3D
@@ -34,6 +36,7 @@ from prep.terminal import (
 from shards.schema import SPLITS
 
 CAPTURE_MIN_FRAMES = 5
+CHECKED = 5  # captures, before they are packed
 
 
 @click.command("pack")
@@ -43,6 +46,7 @@ CAPTURE_MIN_FRAMES = 5
 @click.option("--test", "test_names", multiple=True, help="A capture to test on; can be repeated.")
 @click.option("--test-tail", type=Fraction(min_open=True), help="Test on the last part of each capture.")
 @click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Take one of so many frames.")
+@click.option("--trust", is_flag=True, help="Do not measure first whether captures fit; see vggt-prep check.")
 @click.option("--metric/--no-metric", default=None, help="Lengths are meters.  [default: as the layout says]")
 @click.option("--intrinsics", type=PinholeNumbers(), help="fx,fy,cx,cy, where the layout has none.")
 @click.option("--co3d-dir", type=LocalPath(), help="Co3D, in place of captures.")
@@ -126,6 +130,7 @@ def pack_source(
     test_names: tuple[str, ...],
     test_tail: float | None,
     every: int,
+    trust: bool,
     metric: bool | None,
     intrinsics: Intrinsics | None,
     co3d_dir: Path | None,
@@ -150,6 +155,8 @@ def pack_source(
         )
         for title in found.titles:
             click.echo(title)
+        if not trust:
+            check_some(found)
         if found.same_places:
             click.echo("testing on the last frames of each capture: places that are trained on")
         return found
@@ -159,6 +166,18 @@ def pack_source(
     if set_list is not None or min_quality is not None:
         raise ValueError("--set-list and --min-quality are of Co3D's own annotations: not with --annotation-dir")
     return Co3D(co3d_dir, annotation_dir, splits or None, categories or None)
+
+
+def check_some(found: Captures) -> None:
+    """Measure a few of the captures before hours of work. Raises ValueError if one does not fit."""
+    places = np.unique(np.linspace(0, len(found.found) - 1, min(CHECKED, len(found.found))).round().astype(int))
+    for place in places:
+        check = check_capture(found.found[place][1])
+        click.echo(f"{check.name}: {check.words}")
+        if check.fits is False:
+            raise ValueError(
+                f"{check.name}: {check.words}; see vggt-prep check. Repair it, or give --trust to pack it as it is"
+            )
 
 
 def shown(bar: Progress) -> dict[str, Callable[..., None]]:

@@ -145,7 +145,7 @@ def test_distorted_images_of_colmap_become_those_of_a_pinhole_camera(tmp_path, m
     sparse = tmp_path / "p" / "sparse" / "0"
     sparse.mkdir(parents=True)
     (model_of.write_binary if binary else model_of.write_text)(str(sparse))
-    opened = pack(tmp_path / "p", tmp_path / "set", "--short-side", 180, "--quality", 100)
+    opened = pack(tmp_path / "p", tmp_path / "set", "--short-side", 180, "--quality", 100, "--trust")
     assert len(opened.frames) == 6
     for row, pose in zip(opened.frames[in_order(opened)], poses, strict=True):
         assert np.abs(row["extrinsics"][:, :3] - pose[:, :3]).max() < 1e-6

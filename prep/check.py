@@ -1,0 +1,205 @@
+"""Do the cameras of a capture fit its images, and its depths the cameras? Measured, and against wrong hypotheses.
+
+Images tell it by themselves: SIFT features are matched between views, without a look at the cameras, and each pair of a
+match must then lie on each other's epipolar lines. What is triangulated from them must lie at the depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import cv2
+import numpy as np
+
+from prep.importers.source import Capture, Frame
+from prep.packing.frames import FrameOptions, pack_frame
+from prep.packing.reading import BadFrameError
+from shards.codecs import decode_depth, decode_jpeg
+
+VIEWS = 16  # of a capture, evenly spaced
+SHORT_SIDE = 480
+MATCH_RATIO, CLEAN = 0.75, 1.5  # of SIFT's distances; pixels from the epipolar lines that fit the matches best
+MIN_MATCHES, MIN_PAIRS = 25, 3
+NEAR = 4.0  # pixels from the given cameras' epipolar lines: tracking of a phone is not better
+FITS, BETTER = 0.6, 0.15  # fraction of matches that must be near; by how much another hypothesis must be better
+MIN_PARALLAX = 1.0  # degrees, of a match that is triangulated
+DEPTH_FITS = 1.15  # factor within which depths and triangulated ones are the same
+UNITS = {1000.0: "depths are 1000 times too large (millimeters?)", 1e-3: "depths are 1000 times too small (meters?)"}
+MIN_DEPTHS = 30
+
+
+@dataclass
+class View:
+    """An image with its camera, and those before and after it in the capture."""
+
+    image: np.ndarray  # gray
+    depth: np.ndarray | None
+    extrinsics: np.ndarray
+    intrinsics: np.ndarray
+    before: np.ndarray  # extrinsics of the frame before
+    after: np.ndarray
+
+
+@dataclass(frozen=True)
+class CaptureCheck:
+    """What was measured of a capture. fits: None if it cannot be told; words: why, or what fits better."""
+
+    name: str
+    pairs: int
+    near: float
+    depth_ratio: float | None
+    fits: bool | None
+    words: str
+
+
+def check_capture(capture: Capture) -> CaptureCheck:
+    """Raises nothing for a bad capture: its check says so."""
+    pairs = _matched(_views(capture.frames))
+    if len(pairs) < MIN_PAIRS:
+        words = f"only {len(pairs)} pairs of views have enough matches to tell"
+        return CaptureCheck(capture.name, len(pairs), 0.0, None, None, words)
+    scores = {name: _score(pairs, change) for name, change in HYPOTHESES.items()}
+    given = scores.pop(GIVEN)
+    best = max(scores, key=lambda name: scores[name])
+    ratio = _depth_ratio(pairs)
+    if scores[best] > given + BETTER and scores[best] >= FITS:
+        words = f"{scores[best]:.0%} would fit if {best}"
+        return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
+    if given < FITS:
+        return CaptureCheck(capture.name, len(pairs), given, ratio, False, "cameras and images do not fit")
+    if ratio is not None and not 1 / DEPTH_FITS < ratio < DEPTH_FITS:
+        unit = next((words for factor, words in UNITS.items() if 0.5 < ratio / factor < 2), None)
+        words = unit or f"depths are {ratio:.3g} times what the cameras say"
+        return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
+    words = "cameras and images fit" + (", and so do the depths" if ratio is not None else "; no depth to compare with")
+    return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
+
+
+def _views(frames: list[Frame]) -> list[View]:
+    """Some frames, evenly spaced, that can be read."""
+    views = []
+    for number in np.unique(np.linspace(0, len(frames) - 1, min(VIEWS, len(frames))).round().astype(int)):
+        try:
+            packed = pack_frame(frames[number], FrameOptions(short_side=SHORT_SIDE))
+            size = packed.meta.height, packed.meta.width
+            around = [frames[max(0, number - 1)], frames[min(len(frames) - 1, number + 1)]]
+            before, after = (frame.camera.opencv(*size)[0] for frame in around)
+        except BadFrameError:
+            continue
+        image, _ = decode_jpeg(packed.jpeg)
+        depth = None if packed.depth is None else decode_depth(packed.depth, *size).astype(float)
+        views.append(
+            View(
+                image=cv2.cvtColor(image, cv2.COLOR_RGB2GRAY),
+                depth=None if depth is None else depth * packed.meta.depth_scale,
+                extrinsics=packed.meta.extrinsics,
+                intrinsics=packed.meta.intrinsics,
+                before=before,
+                after=after,
+            )
+        )
+    return views
+
+
+Pair = tuple[View, View, np.ndarray, np.ndarray]  # with pixels [n, 2] of the matches in both
+
+
+def _matched(views: list[View]) -> list[Pair]:
+    """Neighboring views with their matches, cleaned by the geometry that fits these best, whatever the cameras say."""
+    sift = cv2.SIFT.create(3000)
+    features = [sift.detectAndCompute(view.image, None) for view in views]
+    found = []
+    for (a, (keys_a, of_a)), (b, (keys_b, of_b)) in pairwise(zip(views, features, strict=True)):
+        if of_a is None or of_b is None or len(of_b) < 2:
+            continue
+        matches = [m for m, n in cv2.BFMatcher().knnMatch(of_a, of_b, k=2) if m.distance < MATCH_RATIO * n.distance]
+        if len(matches) < MIN_MATCHES:
+            continue
+        pixels_a = np.array([keys_a[m.queryIdx].pt for m in matches])
+        pixels_b = np.array([keys_b[m.trainIdx].pt for m in matches])
+        _, clean = cv2.findFundamentalMat(pixels_a, pixels_b, cv2.FM_RANSAC, CLEAN, 0.999)
+        clean = np.zeros(len(matches), bool) if clean is None else clean[:, 0] > 0
+        if clean.sum() >= MIN_MATCHES:
+            found.append((a, b, pixels_a[clean], pixels_b[clean]))
+    return found
+
+
+Change = Callable[[View], tuple[np.ndarray, np.ndarray]]  # a view -> extrinsics and intrinsics under a hypothesis
+GIVEN = "as given"
+
+
+def _inverse(pose: np.ndarray) -> np.ndarray:
+    return np.column_stack([pose[:, :3].T, -pose[:, :3].T @ pose[:, 3]])
+
+
+def _exchanged(k: np.ndarray, *, focal: bool, center: bool) -> np.ndarray:
+    k = k.copy()
+    if focal:
+        k[0, 0], k[1, 1] = k[1, 1], k[0, 0]
+    if center:
+        k[0, 2], k[1, 2] = k[1, 2], k[0, 2]
+    return k
+
+
+FLIP = np.diag([1.0, -1.0, -1.0])
+HYPOTHESES: dict[str, Change] = {
+    GIVEN: lambda v: (v.extrinsics, v.intrinsics),
+    "the poses were the other way round (camera-to-world)": lambda v: (_inverse(v.extrinsics), v.intrinsics),
+    "the cameras' y and z pointed the other way (OpenGL)": lambda v: (FLIP @ v.extrinsics, v.intrinsics),
+    "the rotations were transposed": lambda v: (
+        np.column_stack([v.extrinsics[:, :3].T, v.extrinsics[:, 3]]),
+        v.intrinsics,
+    ),
+    "each image had the pose of the one before": lambda v: (v.before, v.intrinsics),
+    "each image had the pose of the one after": lambda v: (v.after, v.intrinsics),
+    "fx and fy were exchanged": lambda v: (v.extrinsics, _exchanged(v.intrinsics, focal=True, center=False)),
+    "width and height were exchanged": lambda v: (v.extrinsics, _exchanged(v.intrinsics, focal=True, center=True)),
+}
+
+
+def _score(pairs: list[Pair], change: Change) -> float:
+    """The mean fraction of a pair's matches that lie near their epipolar lines."""
+    return float(np.mean([(_epipolar(change(a), change(b), x, y) < NEAR).mean() for a, b, x, y in pairs]))
+
+
+def _epipolar(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """The distance [n] of matches from their epipolar lines, to first order (Sampson 1982), in pixels."""
+    (pose_a, k_a), (pose_b, k_b) = a, b
+    rotation = pose_b[:, :3] @ pose_a[:, :3].T
+    t = pose_b[:, 3] - rotation @ pose_a[:, 3]
+    if np.linalg.norm(t) == 0:
+        return np.full(len(x), np.inf)
+    cross = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]]) / np.linalg.norm(t)
+    fundamental = np.linalg.inv(k_b).T @ cross @ rotation @ np.linalg.inv(k_a)
+    x, y = (np.column_stack([pixels, np.ones(len(pixels))]) for pixels in (x, y))
+    lines_b, lines_a = x @ fundamental.T, y @ fundamental
+    size = (lines_b[:, :2] ** 2).sum(axis=1) + (lines_a[:, :2] ** 2).sum(axis=1)
+    return np.abs((y * lines_b).sum(axis=1)) / np.sqrt(np.maximum(size, 1e-30))
+
+
+def _depth_ratio(pairs: list[Pair]) -> float | None:
+    """The median of stored depths over triangulated ones; None if too few matches have both."""
+    ratios = [np.empty(0)]
+    for a, b, x, y in pairs:
+        if a.depth is None:
+            continue
+        near = _epipolar((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y) < NEAR
+        x, y = x[near], y[near]
+        if not len(x):
+            continue
+        points = cv2.triangulatePoints(a.intrinsics @ a.extrinsics, b.intrinsics @ b.extrinsics, x.T, y.T)
+        points = points[:3] / points[3]
+        rays = [points - _inverse(view.extrinsics)[:, 3:] for view in (a, b)]
+        cosine = (rays[0] * rays[1]).sum(axis=0) / np.prod([np.linalg.norm(ray, axis=0) for ray in rays], axis=0)
+        z = a.extrinsics[2, :3] @ points + a.extrinsics[2, 3]
+        columns, rows = np.rint(x).astype(int).T
+        inside = (rows < a.depth.shape[0]) & (columns < a.depth.shape[1])
+        depth = a.depth[np.minimum(rows, a.depth.shape[0] - 1), np.minimum(columns, a.depth.shape[1] - 1)]
+        good = inside & (z > 0) & (depth > 0) & (cosine < np.cos(np.radians(MIN_PARALLAX)))
+        ratios.append(depth[good] / z[good])
+    all_ratios = np.concatenate(ratios)
+    return float(np.median(all_ratios)) if len(all_ratios) >= MIN_DEPTHS else None
