@@ -32,6 +32,7 @@ from train.engine.step import train_step
 from train.evaluation.metrics import METRICS, scene_metrics
 from train.objective.losses import OBJECTIVE
 from train.objective.targets import prepare
+from train.report.words import comparison_line
 from train.runtime.distributed import World
 from vggt import VGGT, preset
 from vggt.weights import write_folder
@@ -104,7 +105,8 @@ def heldout(out: Path, size: Size) -> bool:
             raise ValueError(f"no prediction of the trained model has a finite {name}")
         found = compared[0]
         reached &= found["gain"] == 1
-        print(f"  {'reached' if found['gain'] == 1 else 'NOT REACHED'}: {found['before']} -> trained, {found['words']}")
+        verdict = "reached" if found["gain"] == 1 else "NOT REACHED"
+        print(f"  {verdict}: {found['before']} -> trained, {comparison_line(found)}")
     return reached
 
 
@@ -147,11 +149,11 @@ def overfit_views(model: VGGT, batch: dict[str, torch.Tensor], config: TrainConf
         if (step + 1) % 50 == 0 or step + 1 == config.total_steps:
             with torch.no_grad():
                 metrics = scene_metrics(model.eval()(batch["images"]), batch)
-            told = ", ".join(
+            shown = ", ".join(
                 f"{METRICS[name].label} {METRICS[name].form.format(metrics[name])}" for name in HEADLINE_METRICS
             )
             objective, seconds = float(outcome.terms[OBJECTIVE]), time.monotonic() - began
-            print(f"step {step + 1}, {seconds:.0f} s: objective {objective:.3f}, {told}", flush=True)
+            print(f"step {step + 1}, {seconds:.0f} s: objective {objective:.3f}, {shown}", flush=True)
     return metrics
 
 
