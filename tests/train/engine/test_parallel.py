@@ -161,9 +161,10 @@ def test_bf16_and_a_frozen_aggregator_held_in_it_train_with_either_strategy(shar
 
 POISONED = """
 import sys
+import train.engine.run
 import train.main
 from train.runtime.distributed import start_world
-prepare = train.main.prepare
+prepare = train.engine.run.prepare
 def poisoned(raw, device, **options):
     import os
     batch = prepare(raw, device, **options)
@@ -171,7 +172,7 @@ def poisoned(raw, device, **options):
         batch["depth"] = batch["depth"] * float("nan")
     return batch
 if __name__ == "__main__":
-    train.main.prepare = poisoned
+    train.engine.run.prepare = poisoned
     train.main.main()
 """
 
