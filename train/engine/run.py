@@ -98,7 +98,7 @@ class Run:
             if is_validation_step(config, step) and self._validate(state):
                 return True
         if tally.bad:
-            reporter.say(f"{tally.damage}; they were replaced by others")
+            reporter.say(f"{tally.bad} of {tally.tried} frames were damaged and replaced: {tally.files}")
         return False
 
     def _take_step(self, raw: dict[str, Any]) -> tuple[StepOutcome, float]:

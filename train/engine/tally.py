@@ -53,15 +53,14 @@ class Tally:
         self.bad, self.tried = self.bad + outcome.bad, self.tried + outcome.tried
         if self.tried >= MIN_TRIED and self.bad > self.config.data.max_bad * self.tried:
             raise ValueError(
-                f"{self.damage}, more than data.max_bad={self.config.data.max_bad:g}; copy these files again, or pack "
-                "again"
+                f"{self.bad} of {self.tried} frames read are damaged, more than data.max_bad="
+                f"{self.config.data.max_bad:g}: {self.files}; copy these again, or pack again"
             )
 
     @property
-    def damage(self) -> str:
-        """All ranks must ask."""
-        files = describe_damage(self.world.gather(self.damaged))
-        return f"{self.bad} of {self.tried} frames read are damaged: {files}"
+    def files(self) -> str:
+        """Those that hold damaged frames, on any rank; all ranks must ask."""
+        return describe_damage(self.world.gather(self.damaged))
 
     def count_skipped(self, finite: bool) -> None:
         self.skipped = 0 if finite else self.skipped + 1
