@@ -35,7 +35,7 @@ from PIL import Image
 import shards
 from prep.importers.co3d import Co3D
 from prep.importers.source import Frame, Source
-from prep.packing.depths import FAR_PERCENTILE, MASK_THRESHOLD
+from prep.packing.depths import FAR_PERCENTILE
 from prep.packing.executors import process_pool
 from prep.packing.pack import pack
 from prep.packing.plan import PackOptions
@@ -122,7 +122,7 @@ def plain(source: Source, split: Split) -> Callable[[], None]:
 def read_plainly(frame: Frame, shape: tuple[int, int]) -> None:
     image = cv2.cvtColor(cv2.imread(str(frame.image)), cv2.COLOR_BGR2RGB)
     bits, mask = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (frame.depth.path, frame.mask))
-    depth = bits.view(np.float16).astype(np.float32) * (mask > MASK_THRESHOLD)
+    depth = bits.view(np.float16).astype(np.float32) * (mask > 128)
     depth[depth > np.percentile(depth, FAR_PERCENTILE)] = 0
     scale = max(shape[0] / depth.shape[0], shape[1] / depth.shape[1])
     size = (round(depth.shape[1] * scale), round(depth.shape[0] * scale))

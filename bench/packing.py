@@ -23,7 +23,7 @@ from pairs import ratio
 
 import shards
 from prep.importers.source import Frame
-from prep.packing.depths import FAR_PERCENTILE, MASK_THRESHOLD
+from prep.packing.depths import FAR_PERCENTILE
 from prep.packing.executors import process_pool
 from prep.packing.pack import pack
 from prep.packing.plan import PackOptions
@@ -44,7 +44,7 @@ def floor(frames: list[Frame]) -> None:
         rows, columns = (
             nearest((np.arange(n) + 0.5) * m / n - 0.5, m) for n, m in zip(target, bits.shape, strict=True)
         )
-        depth = np.where(mask > MASK_THRESHOLD, bits, 0)[rows[:, None], columns]
+        depth = np.where(mask > 128, bits, 0)[rows[:, None], columns]
         encode_jpeg(small, OPTIONS.quality)
         encode_depth(depth.view(np.float16))
 
@@ -55,7 +55,7 @@ def plain(frames: list[Frame]) -> None:
         height, width = _target(frame)
         image = cv2.imread(str(frame.image))
         bits, mask = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (frame.depth.path, frame.mask))
-        depth = np.where(mask > MASK_THRESHOLD, bits, 0).view(np.float16).astype(np.float32)
+        depth = np.where(mask > 128, bits, 0).view(np.float16).astype(np.float32)
         depth[depth > np.percentile(depth[depth > 0], FAR_PERCENTILE)] = 0
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         picked = cv2.resize(depth, (width, height), interpolation=cv2.INTER_NEAREST).astype(np.float16)

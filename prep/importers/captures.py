@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,7 +84,13 @@ class Captures:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two captures are called {name}: rename one of their folders, or pack them apart")
-        self.split, self.tail = _assign(names, options.split)
+            if not any(c.frames for _, c in self.found if c.name == name):
+                reasons = Counter(reason for _, c in self.found if c.name == name for _, reason in c.bad)
+                said = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+                raise ValueError(f"{name}: has no usable frame ({said or 'it is empty'})")
+        for _, capture in self.found:
+            _check_names(capture)
+        self.split, self.tail = _assign([capture for _, capture in self.found], options.split)
 
     @property
     def titles(self) -> list[str]:
@@ -103,14 +110,15 @@ class Captures:
         files = {f"{capture.name}/{file.name}": sha256(file) for _, capture in self.found for file in capture.files}
         kinds = {capture.name: {"depth": capture.depth_kind, "metric": capture.metric} for _, capture in self.found}
         formats = sorted({name for name, _ in self.found})
-        return {"kind": "captures", "formats": formats, "annotations": files, "captures": kinds}
+        told = {"every": self.options.every, "intrinsics": self.options.intrinsics}
+        return {"kind": "captures", "formats": formats, "annotations": files, "captures": kinds} | told
 
     def sequences(self) -> Iterator[Sequence]:
         for split in SPLITS:
             for _, capture in sorted(self.found, key=lambda item: item[1].name):
                 frames = self._frames(capture, split)
-                bad = capture.bad if split == SPLITS[0] or capture.name in self.split else []
-                if frames:
+                bad = capture.bad if (capture.name in self.split) == (split == "test") else []
+                if frames or bad:
                     yield Sequence(split=split, category=CATEGORY, name=capture.name, frames=frames, bad=bad)
 
     def _frames(self, capture: Capture, split: str) -> list[Frame]:
@@ -145,11 +153,28 @@ def _layout(folder: Path, wanted: str | None) -> str | None:
 def _reduced(capture: Capture, options: CaptureOptions) -> Capture:
     name = re.sub(r"[^\w.-]+", "_", capture.name).encode()[:MAX_NAME].decode(errors="ignore")
     metric = capture.metric if options.metric is None else options.metric
-    return replace(capture, name=name, metric=metric, frames=capture.frames[:: options.every])
+    every = options.every
+    return replace(capture, name=name, metric=metric, frames=capture.frames[::every], bad=capture.bad[::every])
 
 
-def _assign(names: list[str], split: Split) -> tuple[set[str], float | None]:
-    """The captures to test on, or the last fraction of each. Raises ValueError for a name that is none."""
+def _check_names(capture: Capture) -> None:
+    """Raises ValueError if two frames would have one name, or a name is none."""
+    first: dict[str, str] = {}
+    for frame in capture.frames:
+        if not frame.name or "/" in frame.name:
+            raise ValueError(f"{capture.name}: {frame.path!r} is no path from the capture's folder")
+        if first.setdefault(frame.name, frame.path) != frame.path:
+            raise ValueError(f"{capture.name}: {first[frame.name]} and {frame.path} have the same name; rename one")
+    if len(first) < len(capture.frames):
+        raise ValueError(f"{capture.name}: a frame is listed twice")
+
+
+def _assign(captures: list[Capture], split: Split) -> tuple[set[str], float | None]:
+    """The captures to test on, or the last fraction of each. Raises ValueError for a name that is none.
+
+    Those of one place, as the models of a COLMAP project, go to one split.
+    """
+    names = [capture.name for capture in captures]
     unknown = [name for name in split.names if name not in names]
     if unknown:
         raise ValueError(f"--test {', '.join(unknown)}: no such capture; there are {', '.join(names)}")
@@ -157,8 +182,9 @@ def _assign(names: list[str], split: Split) -> tuple[set[str], float | None]:
         return set(split.names), None
     if split.tail is not None:
         return set(), split.tail
-    if split.fraction is None and len(names) < FEW:
+    places = sorted({capture.place for capture in captures})
+    if split.fraction is None and len(places) < FEW:
         return set(), TEST_TAIL
-    count = max(1, round((split.fraction or TEST_FRACTION) * len(names)))
-    ordered = sorted(names)
-    return {ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)}, None
+    count = max(1, round((split.fraction or TEST_FRACTION) * len(places)))
+    chosen = {places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)}
+    return {capture.name for capture in captures if capture.place in chosen}, None

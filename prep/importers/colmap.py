@@ -50,7 +50,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
 
 def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Capture:
     dense = folder / "stereo" / "depth_maps"
-    has_dense = dense.is_dir()
+    has_dense = dense.is_dir() and any(dense.rglob("*.geometric.bin"))  # image_undistorter makes an empty folder
     points = {
         number: point.xyz
         for number, point in reconstruction.points3D.items()
@@ -85,7 +85,7 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
         )
     files = sorted(path for kind in ("bin", "txt") for path in model.glob(f"*.{kind}"))
     kind = "mvs" if has_dense else "sparse"
-    return Capture(name=name, frames=frames, bad=bad, files=files, metric=False, depth_kind=kind)
+    return Capture(name=name, place=folder, frames=frames, bad=bad, files=files, metric=False, depth_kind=kind)
 
 
 def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:

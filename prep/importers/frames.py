@@ -31,8 +31,11 @@ def is_there(folder: Path) -> bool:
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError that names the file for other columns."""
     path = folder / FILE
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # also as Excel writes it
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable as a table in UTF-8 ({error})") from error
     missing = [name for name in COLUMNS if not rows or name not in rows[0]]
     if missing:
         raise ValueError(f"{path}: expected a header {','.join(COLUMNS)} and lines; there is no {', '.join(missing)}")
@@ -41,8 +44,10 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         try:
             extrinsics = np.array([float(row[name]) for name in POSE]).reshape(3, 4)
             camera = pinhole(*(float(row[name]) for name in ("fx", "fy", "cx", "cy")))
+            if not row["image"]:
+                raise ValueError
         except (TypeError, ValueError):
-            bad.append((str(row["image"]), "a number is missing, or none"))
+            bad.append((str(row["image"]), "a number or the image is missing"))
             continue
         image = Path(row["image"])
         frames.append(
@@ -57,7 +62,11 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             )
         )
     kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
-    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=[path], metric=None, depth_kind=kind)]
+    return [
+        Capture(
+            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None, depth_kind=kind
+        )
+    ]
 
 
 def _depth(path: Path) -> DepthFile:

@@ -45,7 +45,11 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     frames.sort(key=lambda frame: frame.path)
     has_depth = any(frame.depth is not None for frame in frames)
     kind = "sensor" if has_depth else "none"
-    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=[path], metric=None, depth_kind=kind)]
+    return [
+        Capture(
+            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None, depth_kind=kind
+        )
+    ]
 
 
 def _frame(folder: Path, content: dict[str, Any], values: dict[str, Any]) -> Frame:
@@ -69,6 +73,7 @@ def _frame(folder: Path, content: dict[str, Any], values: dict[str, Any]) -> Fra
         size=(int(values["h"]), int(values["w"])) if "h" in values and "w" in values else None,
         depth=depth,
         mask=folder / str(values["mask_path"]) if "mask_path" in values else None,
+        mask_above=0,
         camera=OpenCVCamera(
             extrinsics=from_opengl(pose), intrinsics=_intrinsics(values), distortion=_distortion(values)
         ),

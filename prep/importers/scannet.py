@@ -19,9 +19,13 @@ def is_there(folder: Path) -> bool:
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError for intrinsics that are not a matrix.
 
-    The depth camera's view is taken for that of the color camera, as the dataset says that they are registered.
+    The depth camera's view is taken for that of the color camera: their intrinsics differ a little, which is up to two
+    pixels of the color image at its edges.
     """
-    matrix = read_matrix((folder / CAMERA).read_text(), 4, 4)[:3, :3]
+    try:
+        matrix = read_matrix((folder / CAMERA).read_text(), 4, 4)[:3, :3]
+    except ValueError as error:
+        raise ValueError(f"{folder / CAMERA}: {error}") from error
     frames, bad, files = [], [], [folder / CAMERA]
     for pose in sorted((folder / "pose").glob("*.txt"), key=lambda path: (len(path.stem), path.stem)):
         image = next(iter(sorted((folder / "color").glob(f"{pose.stem}.*"))), folder / "color" / f"{pose.stem}.jpg")
@@ -44,4 +48,8 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             )
         )
     kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
-    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind)]
+    return [
+        Capture(
+            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind
+        )
+    ]

@@ -48,4 +48,8 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         )
     kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
     files = [*poses, file] if file.is_file() else poses
-    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind)]
+    return [
+        Capture(
+            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind
+        )
+    ]

@@ -77,8 +77,9 @@ class Frame:
     image: Path
     size: tuple[int, int] | None  # height and width that the dataset says the image has
     depth: DepthFile | SparsePoints | None  # None: camera only
-    mask: Path | None  # 8-bit, depth counts where > 128; None, or no such file: everywhere
+    mask: Path | None  # 8-bit, depth counts where > mask_above; None, or no such file: everywhere
     camera: Camera
+    mask_above: int = 128
 
 
 Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in pixels, (0, 0) the center of the first
@@ -88,11 +89,13 @@ Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in pixels, (0, 
 class Capture:
     """What an importer makes of one capture: frames in their order, before it is said what they are for.
 
-    bad: frames without an image or a pose: path, reason. files: those that say what the capture is. metric: whether
-    lengths are meters; None: not known. depth_kind: sensor, mvs, rendered, sparse or none.
+    place: the folder; captures of one place go to one split. bad: frames without an image or a pose: path, reason.
+    files: those that say what the capture is. metric: whether lengths are meters; None: not known.
+    depth_kind: sensor, mvs, rendered, sparse or none.
     """
 
     name: str
+    place: Path
     frames: list[Frame]
     bad: list[tuple[str, str]]
     files: list[Path]

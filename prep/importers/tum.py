@@ -43,7 +43,11 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         depth = None
         if near is not None and abs(near - time) <= MOST_APART:
             depth = DepthFile(path=folder / depths[near], unit=DEPTH_UNIT)
-        extrinsics = inverted(interpolated(time, times, poses[:, 3:], poses[:, :3]))
+        with np.errstate(invalid="ignore"):
+            pose = interpolated(time, times, poses[:, 3:], poses[:, :3])
+        if not np.isfinite(pose).all():
+            bad.append((name, "pose without a rotation"))
+            continue
         frames.append(
             Frame(
                 name=re.sub(r"\W", "_", Path(name).stem),
@@ -52,12 +56,16 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 size=None,
                 depth=depth,
                 mask=None,
-                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=pinhole(*intrinsics)),
+                camera=OpenCVCamera(extrinsics=inverted(pose), intrinsics=pinhole(*intrinsics)),
             )
         )
     kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
     files = [path for name in ("rgb", "depth", "groundtruth") if (path := folder / f"{name}.txt").is_file()]
-    return [Capture(name=folder.resolve().name, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind)]
+    return [
+        Capture(
+            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind
+        )
+    ]
 
 
 def _known(folder: Path) -> Intrinsics | None:

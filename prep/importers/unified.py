@@ -26,6 +26,10 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     try:
         names = json.loads((folder / NAMES).read_text(encoding="utf-8"))
         poses, cameras = (np.load(folder / name, allow_pickle=False) for name in (POSES, CAMERAS))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("names that are no list of text")
+        if not all(isinstance(array, np.ndarray) and array.ndim == 3 for array in (poses, cameras)):
+            raise ValueError("poses or intrinsics that are no arrays of matrices")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: expected {NAMES}, {POSES} and {CAMERAS} ({error})") from error
     if poses.shape[1:] != (3, 4) or cameras.shape != (len(poses), 3, 3) or len(names) != len(poses):
@@ -35,11 +39,11 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         )
     frames = []
     for name, pose, camera in zip(names, poses.astype(np.float64), cameras.astype(np.float64), strict=True):
-        image, depth = folder / "images" / name, folder / "depths" / f"{Path(name).stem}.exr"
+        image, depth = folder / "images" / name, folder / "depths" / Path(name).with_suffix(".exr")
         shifted = camera - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
         frames.append(
             Frame(
-                name=Path(name).stem,
+                name="-".join(Path(name).with_suffix("").parts),
                 path=f"images/{name}",
                 image=image,
                 size=None,
@@ -50,4 +54,8 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         )
     kind = "rendered" if any(frame.depth is not None for frame in frames) else "none"
     files = [folder / name for name in (NAMES, POSES, CAMERAS)]
-    return [Capture(name=folder.resolve().name, frames=frames, bad=[], files=files, metric=None, depth_kind=kind)]
+    return [
+        Capture(
+            name=folder.resolve().name, place=folder, frames=frames, bad=[], files=files, metric=None, depth_kind=kind
+        )
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from prep.packing.reading import BadFrameError, read_file, read_image, read_png
 from shards.geometry import nearest, project
 
 FAR_PERCENTILE = 98.0  # of valid stereo depths: what lies farther is mostly noise
-MASK_THRESHOLD = 128
+Mask = tuple[Path, int]  # a file, and the number above which depth counts
 HALF_RANGE = (2.0**-14, 65504.0)  # of half floats with full precision
+MAX_ASPECT = 1.02  # of a depth map over its image
 KEPT_SCALES = (1e-2, 1e3)  # of median depths that are stored as they are
 
 
@@ -71,7 +74,7 @@ class Target:
 
 def stored_depth(
     depth: DepthFile | SparsePoints,
-    mask: Path | None,
+    mask: Mask | None,
     target: Target,
     extrinsics: np.ndarray,
     intrinsics: np.ndarray,
@@ -89,6 +92,9 @@ def stored_depth(
         valid = np.isfinite(halves) & (halves > 0)
         return _cut(np.where(valid, halves, np.float16(0)), depth, mask, target)
     values = read_depth(depth)
+    aspects = [shape[1] / shape[0] for shape in (values.shape, target.source)]
+    if not 1 / MAX_ASPECT < aspects[0] / aspects[1] < MAX_ASPECT:
+        raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
     is_fine = values.shape[0] >= target.size[0]
     values = target.pick(values) if is_fine else target.scatter(values)
     if depth.along_ray:
@@ -117,16 +123,16 @@ def read_depth(depth: DepthFile) -> np.ndarray:
 def _read_float(path: Path) -> np.ndarray:
     data = read_file(path, "depth")
     try:
-        if path.suffix in (".npy", ".npz"):
+        if path.suffix.lower() in (".npy", ".npz"):
             loaded = np.load(path, allow_pickle=False)
             values = loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
-        elif path.suffix == ".exr":
+        elif path.suffix.lower() == ".exr":
             values = _read_exr(path)
         else:
             values = read_image(data, "depth")
-    except (ValueError, EOFError, OSError, IndexError) as error:
+        values = np.squeeze(np.asarray(values, np.float32))
+    except (ValueError, EOFError, OSError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise error if isinstance(error, BadFrameError) else BadFrameError("depth is damaged", str(error)) from error
-    values = np.squeeze(np.asarray(values, np.float32))
     values = values[..., 0] if values.ndim == 3 else values
     if values.ndim != 2:
         raise BadFrameError("depth is not a map of numbers", f"{values.shape}")
@@ -134,14 +140,16 @@ def _read_float(path: Path) -> np.ndarray:
 
 
 def _read_exr(path: Path) -> np.ndarray:
-    """The first channel: OpenCV's wheels cannot read it. Raises ValueError without the extra `exr`."""
+    """The channel of a depth, or the first: OpenCV's wheels cannot read it."""
     try:
         import OpenEXR
     except ImportError as error:
-        raise ValueError("EXR needs the extra `exr`: pip install -e '.[exr]'") from error
+        raise BadFrameError("EXR needs the extra `exr`: pip install -e '.[exr]'") from error
     try:
         with OpenEXR.File(str(path)) as file:
-            return next(iter(file.channels().values())).pixels
+            channels = file.channels()
+            name = next((name for name in ("Z", "depth", "Y", "R") if name in channels), next(iter(channels)))
+            return channels[name].pixels
     except RuntimeError as error:
         raise BadFrameError("depth is damaged", str(error)) from error
 
@@ -164,18 +172,19 @@ def _checked(values: np.ndarray, target: Target) -> np.ndarray:
     return values
 
 
-def _masked(values: np.ndarray, mask: Path | None, target: Target) -> np.ndarray:
+def _masked(values: np.ndarray, mask: Mask | None, target: Target) -> np.ndarray:
     """The depths, 0 where a mask says to ignore them."""
-    if mask is None or not mask.exists():
+    if mask is None or not mask[0].exists():
         return values
-    array = read_png(mask, "depth mask", np.uint8)
+    array = read_image(read_file(mask[0], "depth mask"), "depth mask")
+    array = array.max(axis=2) if array.ndim == 3 else array
     if array.shape != target.source:
         raise BadFrameError("depth mask is not of the image's size", f"{array.shape} against {target.source}")
-    return np.where(target.pick(array) > MASK_THRESHOLD, values, values.dtype.type(0))
+    return np.where(target.pick(array) > mask[1], values, values.dtype.type(0))
 
 
 def _cut(
-    halves: np.ndarray, depth: DepthFile, mask: Path | None, target: Target
+    halves: np.ndarray, depth: DepthFile, mask: Mask | None, target: Target
 ) -> tuple[np.ndarray, float, float | None]:
     """Without what lies farthest, if it is of stereo."""
     halves = _masked(halves, mask, target)

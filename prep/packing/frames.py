@@ -76,7 +76,8 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     depth, depth_scale, median_depth = None, 1.0, None
     if frame.depth is not None:
         target = Target(source, size, factor, lens)
-        halves, depth_scale, median_depth = stored_depth(frame.depth, frame.mask, target, extrinsics, intrinsics)
+        mask = None if frame.mask is None else (frame.mask, frame.mask_above)
+        halves, depth_scale, median_depth = stored_depth(frame.depth, mask, target, extrinsics, intrinsics)
         depth = encode_depth(halves)
     meta = FrameMeta(
         extrinsics=extrinsics,

@@ -52,9 +52,14 @@ class Lens:
         rays = (np.asarray(pixels, np.float64) - self.intrinsics[:2, 2]) / np.diag(self.intrinsics)[:2]
         if self.distortion.fisheye:
             return cv2.fisheye.distortPoints(rays[:, None], self.source, self._coefficients)[:, 0]
-        rays = np.column_stack([rays, np.ones(len(rays))])
-        zero = np.zeros(3)
-        return cv2.projectPoints(rays[:, None], zero, zero, self.source, self._coefficients)[0][:, 0]
+        # Written out: cv2.projectPoints takes its derivatives, too, and GB of memory for them.
+        k1, k2, p1, p2, k3, k4, k5, k6 = np.pad(self._coefficients, (0, 8 - len(self._coefficients)))
+        x, y = rays.T
+        r2 = x * x + y * y
+        radial = (1 + r2 * (k1 + r2 * (k2 + r2 * k3))) / (1 + r2 * (k4 + r2 * (k5 + r2 * k6)))
+        bent_x = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
+        bent_y = y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
+        return np.column_stack([bent_x, bent_y]) * np.diag(self.source)[:2] + self.source[:2, 2]
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The pinhole image [H, W, 3] of a distorted one."""

@@ -10,6 +10,7 @@ import pytest
 from planes import plane_depth, stripes
 
 import shards
+from prep.importers.co3d import stereo_depth
 from prep.importers.co3d_cameras import OpenCVCamera
 from prep.importers.source import Frame
 from prep.packing.frames import FrameOptions, pack_frame
@@ -43,9 +44,8 @@ def plane(request, tmp_path_factory):
         path="a/b/images/one.jpg",
         image=folder / "image.jpg",
         size=None,
-        depth=folder / "depth.png",
+        depth=stereo_depth(folder / "depth.png"),
         mask=None,
-        depth_scale=1.0,
         camera=OpenCVCamera(extrinsics=np.eye(4)[:3], intrinsics=k),
     )
     packed = pack_frame(frame, FrameOptions())
