@@ -4,6 +4,7 @@ CAPTURES            ?=
 CO3D_DIR            ?=
 CO3D_ANNOTATION_DIR ?=
 SHARDS              ?= data/shards
+PACK                ?=
 INIT                ?=
 NPROC               ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n > 0 ? n : 1)))
 RUN                 ?= $(if $(INIT),finetune,$(if $(CAPTURES),captures,$(if $(CO3D_DIR),co3d,demo)))
@@ -44,9 +45,10 @@ help:
 	@echo "CO3D_DIR=             Co3D: <category>/<sequence>/images (none: rendered scenes)"
 	@echo "CO3D_ANNOTATION_DIR=  VGGT's cameras: <category>_{train,test}.jgz (none: those that come with Co3D)"
 	@echo "SHARDS=data/shards    where the packed data goes, or is"
+	@echo "PACK=                 options of vggt-prep pack, such as PACK='--test kitchen'; see .venv/bin/vggt-prep pack --help"
 	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: a small model from scratch)"
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
-	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: demo, co3d or finetune)"
+	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: finetune with INIT, else captures, co3d or demo)"
 	@echo "ARGS=                 more settings, such as ARGS='optim.lr=1e-5 epochs=5'; see train/configs/default.yaml"
 	@echo "                      for make eval its options, such as ARGS='--protocol co3d-pose-fast'"
 
@@ -66,11 +68,11 @@ setup: .venv/installed
 shards: setup
 ifneq ($(CAPTURES),)
 	@if $(IS_DEMO); then rm "$$SHARDS"; fi
-	@$(BIN)/vggt-prep pack $(CAPTURES) --out "$$SHARDS"
+	@$(BIN)/vggt-prep pack $(CAPTURES) --out "$$SHARDS" $(PACK)
 else ifneq ($(CO3D_DIR),)
 	@if $(IS_DEMO); then rm "$$SHARDS"; fi
 	@$(BIN)/vggt-prep pack --co3d-dir "$$CO3D_DIR" --out "$$SHARDS" \
-	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$$CO3D_ANNOTATION_DIR")
+	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$$CO3D_ANNOTATION_DIR") $(PACK)
 else
 	@case "$$SHARDS" in "~/"*) SHARDS="$$HOME/$${SHARDS#??}";; esac; \
 	if [ -e "$$SHARDS/dataset.json" ]; then echo "$$SHARDS is there: using it"; \

@@ -6,6 +6,7 @@ match must then lie on each other's epipolar lines. What is triangulated from th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,7 +57,11 @@ class CaptureCheck:
 
 def check_capture(capture: Capture) -> CaptureCheck:
     """Raises nothing for a bad capture: its check says so."""
-    pairs = _matched(_views(capture.frames))
+    views, reasons = _views(capture.frames)
+    if len(views) <= MIN_PAIRS:
+        why = f": {reasons.most_common(1)[0][0]}" if reasons else ""
+        return CaptureCheck(capture.name, 0, 0.0, None, None, f"too few of its frames can be used{why}")
+    pairs = _matched(views)
     if len(pairs) < MIN_PAIRS:
         words = f"only {len(pairs)} pairs of views have enough matches to tell"
         return CaptureCheck(capture.name, len(pairs), 0.0, None, None, words)
@@ -71,22 +76,24 @@ def check_capture(capture: Capture) -> CaptureCheck:
         return CaptureCheck(capture.name, len(pairs), given, ratio, False, "cameras and images do not fit")
     if ratio is not None and not 1 / DEPTH_FITS < ratio < DEPTH_FITS:
         unit = next((words for factor, words in UNITS.items() if 0.5 < ratio / factor < 2), None)
-        words = unit or f"depths are {ratio:.3g} times what the cameras say"
+        words = unit or f"depths are {ratio:.3g} times what the cameras say: is the focal length right?"
         return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
     words = "cameras and images fit" + (", and so do the depths" if ratio is not None else "; no depth to compare with")
     return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
 
 
-def _views(frames: list[Frame]) -> list[View]:
-    """Some frames, evenly spaced, that can be read."""
-    views = []
+def _views(frames: list[Frame]) -> tuple[list[View], Counter[str]]:
+    """Some frames, evenly spaced, that can be read, and why others cannot."""
+    views: list[View] = []
+    reasons: Counter[str] = Counter()
     for number in np.unique(np.linspace(0, len(frames) - 1, min(VIEWS, len(frames))).round().astype(int)):
         try:
             packed = pack_frame(frames[number], FrameOptions(short_side=SHORT_SIDE))
             size = packed.meta.height, packed.meta.width
             around = [frames[max(0, number - 1)], frames[min(len(frames) - 1, number + 1)]]
             before, after = (frame.camera.opencv(*size)[0] for frame in around)
-        except BadFrameError:
+        except BadFrameError as error:
+            reasons[str(error)] += 1
             continue
         image, _ = decode_jpeg(packed.jpeg)
         depth = None if packed.depth is None else decode_depth(packed.depth, *size).astype(float)
@@ -100,7 +107,7 @@ def _views(frames: list[Frame]) -> list[View]:
                 after=after,
             )
         )
-    return views
+    return views, reasons
 
 
 Pair = tuple[View, View, np.ndarray, np.ndarray]  # with pixels [n, 2] of the matches in both

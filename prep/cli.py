@@ -73,7 +73,7 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
     print_checks(checks)
     wrong = [check.name for check in checks if not check.fits]
     if wrong:
-        raise click.ClickException(f"{counted(len(wrong), 'capture')} not found to fit: {', '.join(wrong)}")
+        raise click.ClickException(f"these do not fit, or it cannot be told: {', '.join(wrong)}")
 
 
 @main.command("synth")

@@ -37,6 +37,7 @@ from shards.schema import SPLITS
 
 CAPTURE_MIN_FRAMES = 5
 CHECKED = 5  # captures, before they are packed
+SHOWN = 8  # names of captures
 
 
 @click.command("pack")
@@ -157,6 +158,8 @@ def pack_source(
             click.echo(title)
         if not trust:
             check_some(found)
+        if found.split:
+            click.echo(f"testing on {shortened(sorted(found.split))}")
         if found.same_places:
             click.echo("testing on the last frames of each capture: places that are trained on")
         return found
@@ -166,6 +169,10 @@ def pack_source(
     if set_list is not None or min_quality is not None:
         raise ValueError("--set-list and --min-quality are of Co3D's own annotations: not with --annotation-dir")
     return Co3D(co3d_dir, annotation_dir, splits or None, categories or None)
+
+
+def shortened(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def check_some(found: Captures) -> None:

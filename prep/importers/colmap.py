@@ -35,7 +35,9 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     try:
         import pycolmap
     except ImportError as error:
-        raise ValueError(f"{folder}: COLMAP's files need the extra `colmap`: pip install -e '.[colmap]'") from error
+        raise ValueError(
+            f"{folder}: COLMAP's files need .venv/bin/pip install -c constraints.txt -e '.[colmap]'"
+        ) from error
     models = _models(folder)
     captures = []
     for model in models:

@@ -144,7 +144,7 @@ def _read_exr(path: Path) -> np.ndarray:
     try:
         import OpenEXR
     except ImportError as error:
-        raise BadFrameError("EXR needs the extra `exr`: pip install -e '.[exr]'") from error
+        raise BadFrameError("EXR needs .venv/bin/pip install -c constraints.txt -e '.[exr]'") from error
     try:
         with OpenEXR.File(str(path)) as file:
             channels = file.channels()

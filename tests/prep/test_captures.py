@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from layout_writers import WRITERS, rendered, write_image
 from scipy.spatial.transform import Rotation
 
 import shards
+from prep.importers.captures import CaptureOptions, Captures, Split, _assign
 from prep.importers.source import Distortion
 from prep.packing.lens import Lens
 from shards.codecs import decode_depth, decode_jpeg
@@ -243,6 +245,34 @@ def test_splits_are_by_capture_or_by_the_end_of_each(views, tmp_path):
     done = vggt_prep("pack", tmp_path / "all" / "a", "--out", tmp_path / "set", "--min-frames", 1)
     assert "testing on the last frames of each capture: places that are trained on" in done.stdout
     assert [row["count"] for row in shards.open(tmp_path / "set").sequences] == [4, 1]
+
+
+def test_models_of_one_colmap_project_are_of_one_split_and_damaged_depths_are_named(views, tmp_path):
+    """The places are what is drawn for testing, so none of a place's captures is trained on."""
+    for name in "abcd":
+        WRITERS["sevenscenes"](tmp_path / "all" / name, views[:5])
+    found = Captures([tmp_path / "all"], CaptureOptions()).found
+    twice = [capture if capture.name != "c" else replace(capture, place=tmp_path / "all" / "b") for _, capture in found]
+    test, _ = _assign(twice, Split(fraction=0.4))
+    assert test == {"b", "c"}
+    (tmp_path / "all" / "a" / "frame-000001.depth.png").write_bytes(b"no picture")
+    done = vggt_prep("pack", tmp_path / "all" / "a", "--out", tmp_path / "set", "--min-frames", 1, "--max-bad", 0.5)
+    assert "1 frame left out: depth" in done.stdout, done.stderr
+
+
+def test_a_capture_without_a_usable_frame_and_two_frames_of_one_name_are_errors(views, tmp_path):
+    WRITERS["scannet"](tmp_path / "lost", views)
+    for path in (tmp_path / "lost" / "pose").iterdir():
+        path.write_text("-inf " * 16)
+    done = vggt_prep("pack", tmp_path / "lost", "--out", tmp_path / "set")
+    assert done.returncode == 1
+    assert "lost: has no usable frame (8 x pose is not finite)" in " ".join(done.stderr.split())
+    WRITERS["frames"](tmp_path / "twice", views)
+    lines = (tmp_path / "twice" / "frames.csv").read_text().splitlines()
+    (tmp_path / "twice" / "frames.csv").write_text("\n".join([*lines, lines[1]]))
+    done = vggt_prep("pack", tmp_path / "twice", "--out", tmp_path / "set")
+    assert done.returncode == 1
+    assert "twice: a frame is listed twice" in done.stderr
 
 
 @pytest.mark.parametrize(

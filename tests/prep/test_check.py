@@ -86,7 +86,7 @@ def test_the_command_says_a_table_and_ends_with_1_unless_all_fit(folder, tmp_pat
     WRITERS["frames"](tmp_path / "wrong", views)
     done = vggt_prep("check", folder, tmp_path / "wrong")
     assert done.returncode == 1
-    assert "1 capture not found to fit: wrong" in done.stderr
+    assert "these do not fit, or it cannot be told: wrong" in done.stderr
     done = vggt_prep("pack", tmp_path / "wrong", "--out", tmp_path / "set")
     assert done.returncode == 1
     assert "would fit if the poses were the other way round" in done.stderr
