@@ -12,7 +12,8 @@ from rich.progress import (
 
 import shards
 from prep.check import check_capture
-from prep.importers.captures import FORMATS, CaptureOptions, Captures
+from prep.importers.captures import CaptureOptions, Captures
+from prep.importers.layouts import FORMATS
 from prep.importers.source import Intrinsics
 from prep.info import print_checks, print_info
 from prep.pack_command import pack_command
@@ -67,7 +68,7 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
         checks = []
         with progress_bar("captures") as bar:
             task = start(bar, "checking", len(found.found))
-            for _, capture in found.found:
+            for capture in found.found:
                 checks.append(check_capture(capture))
                 bar.advance(task)
     print_checks(checks)

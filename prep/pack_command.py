@@ -14,9 +14,10 @@ import numpy as np
 from rich.progress import Progress, TaskID
 
 from prep.check import check_capture
-from prep.importers.captures import FORMATS, CaptureOptions, Captures, Split
+from prep.importers.captures import CaptureOptions, Captures, Split
 from prep.importers.co3d import Co3D
 from prep.importers.co3d_official import OfficialCo3D
+from prep.importers.layouts import FORMATS
 from prep.importers.source import Intrinsics, Source
 from prep.info import print_pack
 from prep.packing.executors import dask_cluster, process_pool
@@ -179,7 +180,7 @@ def check_some(found: Captures) -> None:
     """Measure a few of the captures before hours of work. Raises ValueError if one does not fit."""
     places = np.unique(np.linspace(0, len(found.found) - 1, min(CHECKED, len(found.found))).round().astype(int))
     for place in places:
-        check = check_capture(found.found[place][1])
+        check = check_capture(found.found[place])
         click.echo(f"{check.name}: {check.words}")
         if check.fits is False:
             raise ValueError(

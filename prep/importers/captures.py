@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from prep.importers import colmap, frames, nerfstudio, scannet, sevenscenes, tum, unified
-from prep.importers.layouts import recognized
+from prep.importers.layouts import FORMATS, capture_folders
 from prep.importers.source import Capture, Frame, Intrinsics, Sequence
 from shards.index import sha256
 from shards.schema import SPLITS
@@ -19,34 +18,6 @@ CATEGORY = "captures"
 FEW = 4  # with fewer captures none can be spared for testing
 TEST_FRACTION, TEST_TAIL = 0.1, 0.2
 MAX_NAME = 200  # bytes
-
-
-class Layout(Protocol):
-    """A module of prep.importers that reads one layout."""
-
-    @property
-    def TITLE(self) -> str:  # noqa: N802
-        """The files that tell it, and what people call it."""
-        ...
-
-    def is_there(self, folder: Path) -> bool:
-        """Whether a folder is a capture of this layout."""
-        ...
-
-    def read(self, folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
-        """The captures in the folder: one, or one for each model of a COLMAP project. Raises ValueError."""
-        ...
-
-
-FORMATS: dict[str, Layout] = {
-    "colmap": colmap,
-    "nerfstudio": nerfstudio,
-    "tum": tum,
-    "sevenscenes": sevenscenes,
-    "scannet": scannet,
-    "unified": unified,
-    "frames": frames,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,27 +46,27 @@ class Captures:
 
     def __init__(self, folders: list[Path], options: CaptureOptions) -> None:
         self.options = options
-        self.found: list[tuple[str, Capture]] = []
+        self.found: list[Capture] = []
+        self.formats: list[str] = []  # of each capture
         for folder in folders:
-            for name, place in _capture_folders(folder, options.format):
+            for name, place in capture_folders(folder, options.format):
                 for capture in FORMATS[name].read(place, options.intrinsics):
-                    self.found.append((name, _reduced(capture, options)))
-        names = [capture.name for _, capture in self.found]
-        for name in names:
-            if names.count(name) > 1:
+                    self.found.append(_reduced(capture, options))
+                    self.formats.append(name)
+        for name, count in Counter(capture.name for capture in self.found).items():
+            if count > 1:
                 raise ValueError(f"two captures are called {name}: rename one of their folders, or pack them apart")
-            if not any(c.frames for _, c in self.found if c.name == name):
-                reasons = Counter(reason for _, c in self.found if c.name == name for _, reason in c.bad)
-                said = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-                raise ValueError(f"{name}: has no usable frame ({said or 'it is empty'})")
-        for _, capture in self.found:
-            _check_names(capture)
-        self.split, self.tail = _assign([capture for _, capture in self.found], options.split)
+        for capture in self.found:
+            _check_frames(capture)
+        self.split, self.tail = _assign(self.found, options.split)
 
     @property
     def titles(self) -> list[str]:
         """What was found, a line a capture."""
-        return [f"{capture.name}: {FORMATS[name].TITLE}, {len(capture.frames)} frames" for name, capture in self.found]
+        return [
+            f"{capture.name}: {FORMATS[name].TITLE}, {len(capture.frames)} frames"
+            for name, capture in zip(self.formats, self.found, strict=True)
+        ]
 
     @property
     def same_places(self) -> bool:
@@ -107,58 +78,40 @@ class Captures:
         return {}
 
     def describe(self) -> dict[str, Any]:
-        files = {f"{capture.name}/{file.name}": sha256(file) for _, capture in self.found for file in capture.files}
-        kinds = {capture.name: {"depth": capture.depth_kind, "metric": capture.metric} for _, capture in self.found}
-        formats = sorted({name for name, _ in self.found})
+        files = {f"{capture.name}/{file.name}": sha256(file) for capture in self.found for file in capture.files}
+        kinds = {capture.name: {"depth": capture.depth_kind, "metric": capture.metric} for capture in self.found}
         told = {"every": self.options.every, "intrinsics": self.options.intrinsics}
-        return {"kind": "captures", "formats": formats, "annotations": files, "captures": kinds} | told
+        return {"kind": "captures", "formats": sorted({*self.formats}), "annotations": files, "captures": kinds} | told
 
     def sequences(self) -> Iterator[Sequence]:
         for split in SPLITS:
-            for _, capture in sorted(self.found, key=lambda item: item[1].name):
-                frames = self._frames(capture, split)
-                bad = capture.bad if (capture.name in self.split) == (split == "test") else []
+            for capture in sorted(self.found, key=lambda capture: capture.name):
+                whole = (capture.name in self.split) == (split == "test")
+                frames = self._frames(capture, split, whole)
+                bad = capture.bad if whole else []
                 if frames or bad:
                     yield Sequence(split=split, category=CATEGORY, name=capture.name, frames=frames, bad=bad)
 
-    def _frames(self, capture: Capture, split: str) -> list[Frame]:
+    def _frames(self, capture: Capture, split: str, whole: bool) -> list[Frame]:
         if self.tail is None:
-            return capture.frames if (capture.name in self.split) == (split == "test") else []
+            return capture.frames if whole else []
         first = len(capture.frames) - round(self.tail * len(capture.frames))
         return capture.frames[first:] if split == "test" else capture.frames[:first]
-
-
-def _capture_folders(folder: Path, wanted: str | None) -> list[tuple[str, Path]]:
-    """The captures in a folder: itself, or those among its sub-folders. Raises ValueError if there is none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    for places in ([folder], sorted(path for path in folder.iterdir() if path.is_dir())):
-        found = [(name, place) for place in places if (name := _layout(place, wanted)) is not None]
-        if found:
-            return found
-    known = "; ".join(f"{name}: {layout.TITLE}" for name, layout in FORMATS.items())
-    other = recognized(folder)
-    hint = f"this looks like {other}, which cannot be read yet. " if other and wanted is None else ""
-    raise ValueError(f"{folder}: holds no capture of a known layout. {hint}Looked for {known}")
-
-
-def _layout(folder: Path, wanted: str | None) -> str | None:
-    """The layout of a folder; raises ValueError if several fit."""
-    fitting = [name for name, layout in FORMATS.items() if wanted in (None, name) and layout.is_there(folder)]
-    if len(fitting) > 1:
-        raise ValueError(f"{folder}: may be {' or '.join(fitting)}: say which with --format")
-    return fitting[0] if fitting else None
 
 
 def _reduced(capture: Capture, options: CaptureOptions) -> Capture:
     name = re.sub(r"[^\w.-]+", "_", capture.name).encode()[:MAX_NAME].decode(errors="ignore")
     metric = capture.metric if options.metric is None else options.metric
-    every = options.every
-    return replace(capture, name=name, metric=metric, frames=capture.frames[::every], bad=capture.bad[::every])
+    frames, bad = capture.frames[:: options.every], capture.bad[:: options.every]
+    return replace(capture, name=name, metric=metric, frames=frames, bad=bad)
 
 
-def _check_names(capture: Capture) -> None:
-    """Raises ValueError if two frames would have one name, or a name is none."""
+def _check_frames(capture: Capture) -> None:
+    """Raises ValueError if there is no frame, two would have one name, or a name is none."""
+    if not capture.frames:
+        reasons = Counter(reason for _, reason in capture.bad).most_common(3)
+        said = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+        raise ValueError(f"{capture.name}: has no usable frame ({said or 'it is empty'})")
     first: dict[str, str] = {}
     for frame in capture.frames:
         if not frame.name or "/" in frame.name:

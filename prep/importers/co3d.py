@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prep.importers.co3d_cameras import read_camera
-from prep.importers.layouts import recognized
+from prep.importers.layouts import layout_hint
 from prep.importers.source import DepthFile, Frame, Sequence
 from shards.index import sha256
 from shards.schema import SPLITS
@@ -146,17 +146,6 @@ def path_inside(category: str, sequence: str, folder: str, path: Any) -> PurePos
 def check_folder(option: str, path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"{option} {path}: no such directory")
-
-
-def layout_hint(path: Path) -> str:
-    """For the end of an error: what a folder without what was expected looks like."""
-    what = recognized(path)
-    if what is None:
-        return ""
-    return (
-        f". It looks like {what}; so far vggt-prep packs Co3D's layout only, in which captures of your own can be "
-        "written: see README, Expected on disk"
-    )
 
 
 def check_categories(wanted: tuple[str, ...] | None, annotated: set[str], where: Path) -> None:

@@ -18,7 +18,6 @@ from prep.importers.co3d import (
     check_categories,
     check_folder,
     counted_by_reason,
-    layout_hint,
     make_sequence,
     path_inside,
     path_of,
@@ -28,6 +27,7 @@ from prep.importers.co3d import (
     stereo_depth,
 )
 from prep.importers.co3d_cameras import read_camera
+from prep.importers.layouts import layout_hint
 from prep.importers.source import Frame, Sequence
 from shards.index import sha256
 from shards.schema import SPLITS

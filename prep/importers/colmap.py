@@ -9,7 +9,7 @@ import numpy as np
 
 from prep.importers.co3d_cameras import OpenCVCamera
 from prep.importers.poses import pinhole
-from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, SparsePoints
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, SparsePoints, frame_name
 
 TITLE = "sparse/ and images/ (COLMAP)"
 MAX_ERROR, MIN_VIEWS = 2.0, 3  # pixels of reprojection, and images, of a point that is taken
@@ -76,7 +76,7 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
         camera = reconstruction.cameras[image.camera_id]
         frames.append(
             Frame(
-                name="-".join(Path(image.name).with_suffix("").parts),
+                name=frame_name(Path(image.name)),
                 path=f"images/{image.name}",
                 image=folder / "images" / image.name,
                 size=(camera.height, camera.width),
@@ -86,8 +86,7 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
             )
         )
     files = sorted(path for kind in ("bin", "txt") for path in model.glob(f"*.{kind}"))
-    kind = "mvs" if has_dense else "sparse"
-    return Capture(name=name, place=folder, frames=frames, bad=bad, files=files, metric=False, depth_kind=kind)
+    return Capture(name=name, place=folder, frames=frames, bad=bad, files=files, metric=False)
 
 
 def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from prep.importers.co3d_cameras import OpenCVCamera
 from prep.importers.poses import pinhole
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, frame_name
 
 TITLE = "frames.csv (ours)"
 FILE = "frames.csv"
@@ -52,7 +52,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         image = Path(row["image"])
         frames.append(
             Frame(
-                name="-".join(image.with_suffix("").parts),
+                name=frame_name(image),
                 path=row["image"],
                 image=folder / image,
                 size=None,
@@ -61,12 +61,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=camera),
             )
         )
-    kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
-    return [
-        Capture(
-            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None, depth_kind=kind
-        )
-    ]
+    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None)]
 
 
 def _depth(path: Path) -> DepthFile:

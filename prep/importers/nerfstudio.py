@@ -11,7 +11,7 @@ import numpy as np
 
 from prep.importers.co3d_cameras import OpenCVCamera
 from prep.importers.poses import from_opengl, pinhole
-from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, frame_name
 
 TITLE = "transforms.json (nerfstudio)"
 FILE = "transforms.json"
@@ -43,13 +43,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             reason = f"no {error.args[0]} in {FILE}" if isinstance(error, KeyError) else str(error)
             bad.append((str(name), reason))
     frames.sort(key=lambda frame: frame.path)
-    has_depth = any(frame.depth is not None for frame in frames)
-    kind = "sensor" if has_depth else "none"
-    return [
-        Capture(
-            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None, depth_kind=kind
-        )
-    ]
+    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None)]
 
 
 def _frame(folder: Path, content: dict[str, Any], values: dict[str, Any]) -> Frame:
@@ -67,7 +61,7 @@ def _frame(folder: Path, content: dict[str, Any], values: dict[str, Any]) -> Fra
         unit = (DEPTH_UNIT if is_png else 1.0) * scale
         depth = DepthFile(path=place, encoding="uint16" if is_png else "float", unit=unit)
     return Frame(
-        name=_name(image.relative_to(folder)),
+        name=frame_name(image.relative_to(folder)),
         path=str(image.relative_to(folder)),
         image=image,
         size=(int(values["h"]), int(values["w"])) if "h" in values and "w" in values else None,
@@ -85,12 +79,6 @@ def _image(folder: Path, name: str) -> Path:
     if path.suffix or path.exists():
         return path
     return next((found for suffix in SUFFIXES if (found := path.with_name(path.name + suffix)).exists()), path)
-
-
-def _name(path: Path) -> str:
-    """A frame's name: that of its file, with the folders before it where these tell files apart."""
-    parts = path.with_suffix("").parts
-    return "-".join(parts[1:] if parts[0] == "images" and len(parts) > 1 else parts)
 
 
 def _intrinsics(values: dict[str, Any]) -> np.ndarray:

@@ -47,9 +47,4 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
             )
         )
-    kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
-    return [
-        Capture(
-            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind
-        )
-    ]
+    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True)]

@@ -46,10 +46,5 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
             )
         )
-    kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
     files = [*poses, file] if file.is_file() else poses
-    return [
-        Capture(
-            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind
-        )
-    ]
+    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True)]

@@ -47,18 +47,14 @@ class DepthFile:
 
     encoding: half (16-bit PNG whose bits are half floats), uint16 (16-bit PNG), float (EXR, TIFF, npy or npz), colmap
     (COLMAP's .bin). unit: of a stored number, in the units of the translations. kind: stereo, sensor, mvs or rendered;
-    what lies farthest in stereo depth is noise, and is dropped. along_ray: whether it is the distance from the camera
-    and not along its axis. nothing: a stored number that means unknown, beside 0. max_depth: in stored units; farther
-    is unknown.
+    what lies farthest in stereo depth is noise, and is dropped. nothing: a stored number that means unknown, beside 0.
     """
 
     path: Path
     encoding: str = "uint16"
     unit: float = 1.0
     kind: str = "sensor"
-    along_ray: bool = False
     nothing: float | None = None
-    max_depth: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +87,6 @@ class Capture:
 
     place: the folder; captures of one place go to one split. bad: frames without an image or a pose: path, reason.
     files: those that say what the capture is. metric: whether lengths are meters; None: not known.
-    depth_kind: sensor, mvs, rendered, sparse or none.
     """
 
     name: str
@@ -100,7 +95,18 @@ class Capture:
     bad: list[tuple[str, str]]
     files: list[Path]
     metric: bool | None
-    depth_kind: str
+
+    @property
+    def depth_kind(self) -> str:
+        """sensor, mvs, rendered, sparse or none: that of its first depth."""
+        depth = next((frame.depth for frame in self.frames if frame.depth is not None), None)
+        return "none" if depth is None else "sparse" if isinstance(depth, SparsePoints) else depth.kind
+
+
+def frame_name(path: Path) -> str:
+    """Of an image's path from its capture's folder: its file's name, after the folders that tell it from others."""
+    parts = path.with_suffix("").parts
+    return "-".join(parts[1:] if parts[:1] == ("images",) and len(parts) > 1 else parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
 TITLE = "rgb.txt, depth.txt, groundtruth.txt (TUM RGB-D)"
 MOST_APART = 0.02  # seconds between an image and its depth, or the nearest pose
 DEPTH_UNIT = 1 / 5000  # meters a step
-# The dataset's own cameras, by what the names of its folders hold.
+# The dataset's own cameras, by the number in the names of its folders: freiburg1, or fr1.
 KNOWN = {
-    "freiburg1": (517.3, 516.5, 318.6, 255.3),
-    "freiburg2": (520.9, 521.0, 325.1, 249.7),
-    "freiburg3": (535.4, 539.2, 320.1, 247.6),
+    "1": (517.3, 516.5, 318.6, 255.3),
+    "2": (520.9, 521.0, 325.1, 249.7),
+    "3": (535.4, 539.2, 320.1, 247.6),
 }
 
 
@@ -59,18 +59,13 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 camera=OpenCVCamera(extrinsics=inverted(pose), intrinsics=pinhole(*intrinsics)),
             )
         )
-    kind = "sensor" if any(frame.depth is not None for frame in frames) else "none"
     files = [path for name in ("rgb", "depth", "groundtruth") if (path := folder / f"{name}.txt").is_file()]
-    return [
-        Capture(
-            name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True, depth_kind=kind
-        )
-    ]
+    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True)]
 
 
 def _known(folder: Path) -> Intrinsics | None:
-    name = folder.resolve().name.replace("fr", "freiburg").replace("freiburgeiburg", "freiburg")
-    return next((camera for key, camera in KNOWN.items() if key in name), None)
+    found = re.search(r"fr(?:eiburg)?([123])", folder.resolve().name)
+    return found and KNOWN[found[1]]
 
 
 def _rows(path: Path) -> list[list[str]]:

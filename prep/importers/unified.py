@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, frame_name
 
 TITLE = "cam_from_worlds.npy, intrinsics.npy, images/ (VGGT-Omega)"
 POSES, CAMERAS, NAMES = "cam_from_worlds.npy", "intrinsics.npy", "image_names.json"
@@ -43,7 +43,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         shifted = camera - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
         frames.append(
             Frame(
-                name="-".join(Path(name).with_suffix("").parts),
+                name=frame_name(Path(name)),
                 path=f"images/{name}",
                 image=image,
                 size=None,
@@ -52,10 +52,5 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 camera=OpenCVCamera(extrinsics=pose, intrinsics=shifted),
             )
         )
-    kind = "rendered" if any(frame.depth is not None for frame in frames) else "none"
     files = [folder / name for name in (NAMES, POSES, CAMERAS)]
-    return [
-        Capture(
-            name=folder.resolve().name, place=folder, frames=frames, bad=[], files=files, metric=None, depth_kind=kind
-        )
-    ]
+    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=[], files=files, metric=None)]

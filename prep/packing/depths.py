@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,6 @@ def stored_depth(
         raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
     is_fine = values.shape[0] >= target.size[0]
     values = target.pick(values) if is_fine else target.scatter(values)
-    if depth.along_ray:
-        y, x = np.mgrid[: target.size[0], : target.size[1]]
-        rays = np.stack([(x - intrinsics[0, 2]) / intrinsics[0, 0], (y - intrinsics[1, 2]) / intrinsics[1, 1]])
-        values = values / np.sqrt(1 + (rays**2).sum(axis=0))
     return _as_halves(_masked(values.astype(np.float32), mask, target), depth.unit)
 
 
@@ -115,21 +112,19 @@ def read_depth(depth: DepthFile) -> np.ndarray:
     valid = np.isfinite(values) & (values > 0)
     if depth.nothing is not None:
         valid &= values != depth.nothing
-    if depth.max_depth is not None:
-        valid &= values <= depth.max_depth
     return np.where(valid, values, np.float32(0))
 
 
 def _read_float(path: Path) -> np.ndarray:
-    data = read_file(path, "depth")
+    suffix = path.suffix.lower()
     try:
-        if path.suffix.lower() in (".npy", ".npz"):
-            loaded = np.load(path, allow_pickle=False)
-            values = loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
-        elif path.suffix.lower() == ".exr":
+        if suffix == ".exr":
             values = _read_exr(path)
+        elif suffix in (".npy", ".npz"):
+            loaded = np.load(BytesIO(read_file(path, "depth")), allow_pickle=False)
+            values = loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
         else:
-            values = read_image(data, "depth")
+            values = read_image(read_file(path, "depth"), "depth")
         values = np.squeeze(np.asarray(values, np.float32))
     except (ValueError, EOFError, OSError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise error if isinstance(error, BadFrameError) else BadFrameError("depth is damaged", str(error)) from error
@@ -145,6 +140,8 @@ def _read_exr(path: Path) -> np.ndarray:
         import OpenEXR
     except ImportError as error:
         raise BadFrameError("EXR needs .venv/bin/pip install -c constraints.txt -e '.[exr]'") from error
+    if not path.is_file():
+        raise BadFrameError("depth is missing")
     try:
         with OpenEXR.File(str(path)) as file:
             channels = file.channels()

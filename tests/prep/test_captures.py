@@ -252,7 +252,7 @@ def test_models_of_one_colmap_project_are_of_one_split_and_damaged_depths_are_na
     for name in "abcd":
         WRITERS["sevenscenes"](tmp_path / "all" / name, views[:5])
     found = Captures([tmp_path / "all"], CaptureOptions()).found
-    twice = [capture if capture.name != "c" else replace(capture, place=tmp_path / "all" / "b") for _, capture in found]
+    twice = [replace(capture, place=tmp_path / "all" / "b") if capture.name == "c" else capture for capture in found]
     test, _ = _assign(twice, Split(fraction=0.4))
     assert test == {"b", "c"}
     (tmp_path / "all" / "a" / "frame-000001.depth.png").write_bytes(b"no picture")
@@ -283,7 +283,7 @@ def test_a_capture_without_a_usable_frame_and_two_frames_of_one_name_are_errors(
         (["two"], "two: may be nerfstudio or tum: say which with --format"),
         (["two", "--format", "nerfstudio"], "expected a list `frames` that is not empty"),
         (["two", "--format", "tum"], "TUM's layout does not say the camera: give --intrinsics fx,fy,cx,cy"),
-        (["polycam"], "this looks like a Polycam export"),
+        (["polycam"], "It looks like a Polycam export"),
         (["two", "--category", "x"], "are for --co3d-dir"),
         ([], "give either folders of captures, or --co3d-dir"),
         (["seven", "--test", "x"], "--test x: no such capture; there are seven"),

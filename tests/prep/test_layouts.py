@@ -1,4 +1,4 @@
-"""Captures in another layout than Co3D's are recognized by name."""
+"""Captures are recognized by their files, and those that cannot be packed as they are by name."""
 
 from __future__ import annotations
 
@@ -6,24 +6,36 @@ import shutil
 
 import pytest
 from conftest import vggt_prep
-from golden_figures import SHARED
+from layout_writers import WRITERS, rendered
 
-from prep.importers.layouts import LAYOUTS, recognized
+from prep.importers.layouts import FORMATS, UNREAD, capture_folders, layout_hint
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("inside", [False, True])
-def test_each_layout_is_known_by_its_files_alone_or_one_of_many(tmp_path, name, inside):
-    pattern = LAYOUTS[name][0]
-    file = tmp_path / ("capture 1" if inside else "") / pattern.replace("*.json", "0.json").replace("*", "0")
+def test_each_layout_is_known_by_its_files_alone_or_one_of_many(tmp_path, inside):
+    views = rendered(frames=1)
+    for name, write in WRITERS.items():
+        folder = tmp_path / name
+        write(folder / "capture 1" if inside else folder, views)
+        assert [found for found, _ in capture_folders(folder, None)] == [name]
+        assert f"It looks like {FORMATS[name].TITLE}: pack it with vggt-prep pack {folder}" in layout_hint(folder)
+
+
+@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("inside", [False, True])
+def test_layouts_that_cannot_be_read_are_known_by_name(tmp_path, name, inside):
+    pattern = UNREAD[name][0]
+    file = tmp_path / ("capture 1" if inside else "") / pattern.replace("*", "0")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("")
-    assert recognized(tmp_path) == f"{name} ({file.relative_to(tmp_path)})"
+    assert f"It looks like {name}, which cannot be read yet" in layout_hint(tmp_path)
+    with pytest.raises(ValueError, match=f"It looks like {name}"):
+        capture_folders(tmp_path, None)
 
 
 def test_nothing_is_made_up(captures, tmp_path):
     for folder in (tmp_path, captures / "co3d", captures / "annotations"):
-        assert recognized(folder) is None
+        assert layout_hint(folder) == ""
 
 
 def test_files_of_other_layouts_beside_a_dataset_do_not_matter(captures, tmp_path):
@@ -35,21 +47,9 @@ def test_files_of_other_layouts_beside_a_dataset_do_not_matter(captures, tmp_pat
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"),
-    [
-        ("colmap", "a COLMAP project"),
-        ("nerfstudio", "a nerfstudio capture"),
-        ("tum", "a TUM RGB-D sequence"),
-        ("sevenscenes", "a 7-Scenes sequence"),
-    ],
-)
-def test_whoever_packs_real_captures_of_another_layout_is_told_what_they_are(tmp_path, folder, name):
-    captures = SHARED / "captures" / folder
-    if not captures.is_dir():
-        pytest.skip("no real captures beside this checkout")
-    for options in ((), ("--annotation-dir", captures)):
-        done = vggt_prep("pack", "--co3d-dir", captures, *options, "--out", tmp_path / "out")
+def test_whoever_packs_a_capture_as_co3d_is_told_how(tmp_path):
+    WRITERS["tum"](tmp_path / "capture", rendered(frames=1))
+    for options in ((), ("--annotation-dir", tmp_path / "capture")):
+        done = vggt_prep("pack", "--co3d-dir", tmp_path / "capture", *options, "--out", tmp_path / "out")
         assert done.returncode == 1
-        assert f"It looks like {name}" in done.stderr
-        assert "packs Co3D's layout only" in done.stderr
+        assert f"pack it with vggt-prep pack {tmp_path / 'capture'}" in " ".join(done.stderr.split())
