@@ -152,6 +152,7 @@ def test_fast_takes_ten_sequences_of_each_category_and_short_ones_are_left_out()
     ("options", "words"),
     [
         ((), "no sequence of the test split has 50 frames, as the protocol asks for; the longest has 24"),
+        (("--views", "30"), "the longest has 24: give --min-frames 24 --views 24 or less"),
         (("--min-frames", "8"), "--min-frames 8: expected at least the 10 of --views"),
         (("--views", "1"), "--views: expected at least 2, found 1"),
         (("--width", "100"), "--width: expected a multiple of 14"),

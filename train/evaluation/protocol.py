@@ -78,10 +78,12 @@ def _of_set(shard_set: ShardSet, source: int, protocol: Protocol) -> list[EvalSe
     rows = shard_set.sequences[shard_set.split(protocol.split)]
     long_enough = [i for i, row in enumerate(rows) if row["count"] >= protocol.min_frames]
     if not long_enough:
+        longest = int(rows["count"].max())
+        views = f" --views {longest}" if longest < protocol.views else ""
         raise ValueError(
             f"{shard_set}: no sequence of the {protocol.split} split has {protocol.min_frames} frames, as the protocol "
-            f"asks for; the longest has {int(rows['count'].max())}: give --min-frames {int(rows['count'].max())} or "
-            "less; the metrics are then not comparable with published ones"
+            f"asks for; the longest has {longest}: give --min-frames {longest}{views} or less; the "
+            "metrics are then not comparable with published ones"
         )
     if protocol.fast:
         long_enough = _some_of_each_category(rows, long_enough, protocol.seed)

@@ -92,7 +92,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
         )
     if results["trained_on"]:
         lines.append(
-            f"{total} sequences evaluated, {results['trained_on']}. This does not tell how well the model does in new "
+            f"{total} sequence{'' if total == 1 else 's'} evaluated, {results['trained_on']}. This does not tell how well the model does in new "
             "places."
         )
     for label, width in results["trained_at_other_width"].items():
