@@ -39,7 +39,8 @@ def print_pack(out: Path, result: PackResult, *, shared_frames: bool) -> None:
         click.echo(f"DOUBTFUL: {len(result.doubtful) - SHOWN_DOUBTS:,} more sequences")
     if result.in_both:
         click.echo(
-            f"{counted(result.in_both, 'sequence')} of the test split {'is' if result.in_both == 1 else 'are'} also trained on"
+            f"{counted(result.in_both, 'sequence')} of the test split "
+            + ("is also trained on" if result.in_both == 1 else "are also trained on")
             + ("" if shared_frames else " (other frames of them)")
             + ": what is measured there holds for places that were seen"
         )

@@ -92,8 +92,8 @@ def remarks(results: dict[str, Any]) -> list[str]:
         )
     if results["trained_on"]:
         lines.append(
-            f"{total} sequence{'' if total == 1 else 's'} evaluated, {results['trained_on']}. This does not tell how well the model does in new "
-            "places."
+            f"{total} sequence{'' if total == 1 else 's'} evaluated, {results['trained_on']}. "
+            "This does not tell how well the model does in new places."
         )
     for label, width in results["trained_at_other_width"].items():
         lines.append(f"{label}: was trained at {width} pixels, and is evaluated at {results['protocol']['width']}.")
