@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from prep.importers.co3d_cameras import OpenCVCamera
+from prep.importers.cameras import OpenCVCamera
 from prep.importers.source import DepthFile, Frame, Sequence
 from prep.synth.render import Camera, render
 from prep.synth.scenes import make_orbit, make_scene, stereo_depth

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prep.importers.layouts import FORMATS, capture_folders
 from prep.importers.source import Capture, Frame, Intrinsics, Sequence
@@ -31,13 +33,18 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """format: of all captures; None: as recognized. every: of so many frames one is taken. metric: whether lengths are
-    meters, where the layout does not say. intrinsics: fx, fy, cx, cy, where it says none."""
+    """format: of all captures; None: as recognized. every: of so many frames one is taken. min_motion: a frame is left
+    out unless its camera turned by so many degrees, or moved by such a fraction of the capture's extent, since the last
+    one that was not. depth_range: other depths are unknown. metric: whether lengths are meters, where the layout does
+    not say. intrinsics: fx, fy, cx, cy, where it says none. min_frames: that testing on the end of a capture needs."""
 
     format: str | None = None
     every: int = 1
+    min_motion: tuple[float, float] | None = None
+    depth_range: tuple[float, float] | None = None
     metric: bool | None = None
     intrinsics: Intrinsics | None = None
+    min_frames: int = 1
     split: Split = field(default_factory=Split)
 
 
@@ -46,25 +53,21 @@ class Captures:
 
     def __init__(self, folders: list[Path], options: CaptureOptions) -> None:
         self.options = options
-        self.found: list[Capture] = []
-        self.formats: list[str] = []  # of each capture
-        for folder in folders:
-            for name, place in capture_folders(folder, options.format):
-                for capture in FORMATS[name].read(place, options.intrinsics):
-                    self.found.append(_reduced(capture, options))
-                    self.formats.append(name)
-        for name, count in Counter(capture.name for capture in self.found).items():
-            if count > 1:
-                raise ValueError(f"two captures are called {name}: rename one of their folders, or pack them apart")
-        for capture in self.found:
-            _check_frames(capture)
+        found = [
+            (name, capture)
+            for folder in folders
+            for name, place in capture_folders(folder, options.format)
+            for capture in read_captures(name, place, options)
+        ]
+        self.formats = [name for name, _ in found]  # of each capture
+        self.found = _told_apart([capture for _, capture in found])
         self.split, self.tail = _assign(self.found, options.split)
 
     @property
     def titles(self) -> list[str]:
         """What was found, a line a capture."""
         return [
-            f"{capture.name}: {FORMATS[name].TITLE}, {len(capture.frames)} frames"
+            f"{capture.name}: {FORMATS[name].TITLE}, {len(capture.frames)} frames{_said_unusable(capture)}"
             for name, capture in zip(self.formats, self.found, strict=True)
         ]
 
@@ -81,37 +84,97 @@ class Captures:
         files = {f"{capture.name}/{file.name}": sha256(file) for capture in self.found for file in capture.files}
         kinds = {capture.name: {"depth": capture.depth_kind, "metric": capture.metric} for capture in self.found}
         told = {"every": self.options.every, "intrinsics": self.options.intrinsics}
+        told |= {key: value for key in ("min_motion", "depth_range") if (value := getattr(self.options, key))}
         return {"kind": "captures", "formats": sorted({*self.formats}), "annotations": files, "captures": kinds} | told
 
     def sequences(self) -> Iterator[Sequence]:
         for split in SPLITS:
             for capture in sorted(self.found, key=lambda capture: capture.name):
-                whole = (capture.name in self.split) == (split == "test")
-                frames = self._frames(capture, split, whole)
-                bad = capture.bad if whole else []
-                if frames or bad:
-                    yield Sequence(split=split, category=CATEGORY, name=capture.name, frames=frames, bad=bad)
+                if frames := self._frames(capture, split):
+                    yield Sequence(split=split, category=CATEGORY, name=capture.name, frames=frames, bad=[])
 
-    def _frames(self, capture: Capture, split: str, whole: bool) -> list[Frame]:
+    def _frames(self, capture: Capture, split: str) -> list[Frame]:
         if self.tail is None:
-            return capture.frames if whole else []
-        first = len(capture.frames) - round(self.tail * len(capture.frames))
-        return capture.frames[first:] if split == "test" else capture.frames[:first]
+            return capture.frames if (capture.name in self.split) == (split == "test") else []
+        count = len(capture.frames)
+        tail = max(round(self.tail * count), min(self.options.min_frames, count // 2))
+        return capture.frames[count - tail :] if split == "test" else capture.frames[: count - tail]
+
+
+def read_captures(layout: str, folder: Path, options: CaptureOptions) -> list[Capture]:
+    """The captures in a folder of this layout, as the options say. Raises ValueError for one that cannot be used."""
+    captures = [_reduced(capture, options) for capture in FORMATS[layout].read(folder, options.intrinsics)]
+    for capture in captures:
+        _check_frames(capture)
+    return captures
 
 
 def _reduced(capture: Capture, options: CaptureOptions) -> Capture:
-    name = re.sub(r"[^\w.-]+", "_", capture.name).encode()[:MAX_NAME].decode(errors="ignore")
     metric = capture.metric if options.metric is None else options.metric
-    frames, bad = capture.frames[:: options.every], capture.bad[:: options.every]
-    return replace(capture, name=name, metric=metric, frames=frames, bad=bad)
+    frames = capture.frames[:: options.every]
+    if options.min_motion is not None:
+        frames = _moving(frames, *options.min_motion)
+    if options.depth_range is not None:
+        frames = [replace(frame, depth_range=options.depth_range) for frame in frames]
+    return replace(capture, name=_file_name(capture.name), metric=metric, frames=frames)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).encode()[:MAX_NAME].decode(errors="ignore")
+
+
+def _moving(frames: list[Frame], degrees: float, fraction: float) -> list[Frame]:
+    """The first frame, and each whose camera turned or moved enough since the one that was taken before."""
+    poses = [frame.camera.opencv(*(frame.size or (1, 1)))[0] for frame in frames]
+    centers = np.array([-pose[:, :3].T @ pose[:, 3] for pose in poses]).reshape(-1, 3)
+    extent = np.linalg.norm(np.ptp(centers, axis=0)) if frames else 0.0
+    taken: list[int] = []
+    for i, pose in enumerate(poses):
+        if taken:
+            turn = np.trace(pose[:, :3] @ poses[taken[-1]][:, :3].T)
+            turned = np.degrees(np.arccos(np.clip((turn - 1) / 2, -1, 1)))
+            if turned < degrees and np.linalg.norm(centers[i] - centers[taken[-1]]) < fraction * extent:
+                continue
+        taken.append(i)
+    return [frames[i] for i in taken]
+
+
+def _told_apart(captures: list[Capture]) -> list[Capture]:
+    """With the name of the folder before it where captures of several folders have one name, as 7-Scenes' seq-01.
+
+    Raises ValueError if they still have.
+    """
+    of_name = Counter(capture.name for capture in captures)
+    named = [
+        replace(capture, name=_file_name(f"{capture.place.resolve().parent.name}-{capture.name}"))
+        if of_name[capture.name] > 1
+        else capture
+        for capture in captures
+    ]
+    places = defaultdict[str, list[str]](list)
+    for capture in named:
+        places[capture.name].append(str(capture.place))
+    for name, same in places.items():
+        if len(same) > 1:
+            raise ValueError(f"{same[0]} and {same[1]} would both be called {name}: rename one, or pack them apart")
+    return named
+
+
+def _said_unusable(capture: Capture) -> str:
+    return f"; {len(capture.unusable)} left out: {_reasons(capture)}" if capture.unusable else ""
+
+
+def _reasons(capture: Capture) -> str:
+    """Why frames cannot be used, and the first of each."""
+    first = {reason: path for path, reason in reversed(capture.unusable)}
+    reasons = Counter(reason for _, reason in capture.unusable).most_common(3)
+    return ", ".join(f"{count} x {reason} ({first[reason]})" for reason, count in reasons)
 
 
 def _check_frames(capture: Capture) -> None:
     """Raises ValueError if there is no frame, two would have one name, or a name is none."""
     if not capture.frames:
-        reasons = Counter(reason for _, reason in capture.bad).most_common(3)
-        said = ", ".join(f"{count} x {reason}" for reason, count in reasons)
-        raise ValueError(f"{capture.name}: has no usable frame ({said or 'it is empty'})")
+        raise ValueError(f"{capture.name}: has no usable frame: {_reasons(capture) or 'it is empty'}")
     first: dict[str, str] = {}
     for frame in capture.frames:
         if not frame.name or "/" in frame.name:

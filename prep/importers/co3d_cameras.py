@@ -1,4 +1,4 @@
-"""Cameras as datasets write them, and what we store: OpenCV axes, camera-from-world, pixels."""
+"""Cameras as Co3D's annotations write them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from prep.importers.source import Distortion
+from prep.importers.cameras import OpenCVCamera
 
 NORM_IMAGE_BOUNDS, ISOTROPIC = "ndc_norm_image_bounds", "ndc_isotropic"
 TO_OPENCV = np.diag([-1.0, -1.0, 1.0])  # PyTorch3D's x is left and y is up
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenCVCamera:
-    """A camera as we store it: extrinsics [3, 4]; intrinsics [3, 3] in pixels, (0, 0) the center of the first."""
-
-    extrinsics: np.ndarray
-    intrinsics: np.ndarray
-    distortion: Distortion | None = None
-
-    def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Extrinsics [3, 4] and intrinsics [3, 3]; the size of the image does not matter."""
-        return self.extrinsics, self.intrinsics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.poses import pinhole
+from prep.importers.cameras import OpenCVCamera, pinhole
 from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, SparsePoints, frame_name
 
 TITLE = "sparse/ and images/ (COLMAP)"
@@ -58,15 +57,15 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
         for number, point in reconstruction.points3D.items()
         if point.error <= MAX_ERROR and point.track.length() >= MIN_VIEWS
     }
-    frames, bad = [], []
+    frames, unusable = [], []
     for image in sorted(reconstruction.images.values(), key=lambda image: image.name):
         if not image.has_pose:
-            bad.append((image.name, "image without a pose"))
+            unusable.append((image.name, "image without a pose"))
             continue
         try:
             intrinsics, distortion = camera_of(reconstruction.cameras[image.camera_id])
         except ValueError as error:
-            bad.append((image.name, str(error)))
+            unusable.append((image.name, str(error)))
             continue
         pose: Any = image.cam_from_world() if callable(image.cam_from_world) else image.cam_from_world
         seen = [points[p.point3D_id] for p in image.points2D if p.has_point3D() and p.point3D_id in points]
@@ -86,7 +85,7 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
             )
         )
     files = sorted(path for kind in ("bin", "txt") for path in model.glob(f"*.{kind}"))
-    return Capture(name=name, place=folder, frames=frames, bad=bad, files=files, metric=False)
+    return Capture(name=name, place=folder, frames=frames, unusable=unusable, files=files, metric=False)
 
 
 def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.poses import pinhole
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, frame_name
+from prep.importers.cameras import OpenCVCamera, pinhole
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, frame_name, one_capture
 
 TITLE = "frames.csv (ours)"
 FILE = "frames.csv"
@@ -39,7 +38,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     missing = [name for name in COLUMNS if not rows or name not in rows[0]]
     if missing:
         raise ValueError(f"{path}: expected a header {','.join(COLUMNS)} and lines; there is no {', '.join(missing)}")
-    frames, bad = [], []
+    frames, unusable = [], []
     for row in rows:
         try:
             extrinsics = np.array([float(row[name]) for name in POSE]).reshape(3, 4)
@@ -47,7 +46,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             if not row["image"]:
                 raise ValueError
         except (TypeError, ValueError):
-            bad.append((str(row["image"]), "a number or the image is missing"))
+            unusable.append((str(row["image"]), "a number or the image is missing"))
             continue
         image = Path(row["image"])
         frames.append(
@@ -61,7 +60,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=camera),
             )
         )
-    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None)]
+    return one_capture(folder, frames, unusable, [path], None)
 
 
 def _depth(path: Path) -> DepthFile:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from prep.importers import colmap, frames, nerfstudio, scannet, sevenscenes, tum, unified
+from prep.importers import (
+    arkitscenes,
+    colmap,
+    frames,
+    nerfstudio,
+    polycam,
+    record3d,
+    scannet,
+    sevenscenes,
+    tum,
+    unified,
+    wai,
+)
 from prep.importers.source import Capture, Intrinsics
 
 
@@ -29,35 +41,48 @@ class Layout(Protocol):
 FORMATS: dict[str, Layout] = {
     "colmap": colmap,
     "nerfstudio": nerfstudio,
+    "polycam": polycam,
+    "record3d": record3d,
     "tum": tum,
     "sevenscenes": sevenscenes,
     "scannet": scannet,
+    "arkitscenes": arkitscenes,
     "unified": unified,
+    "wai": wai,
     "frames": frames,
 }
-# Those that cannot be read yet: what each is called, and patterns of files of which one must be there.
+# What cannot be read, by patterns of its files, and what to do.
 UNREAD = {
-    "a NeRF scene": ("transforms_train.json",),
-    "a Polycam export": ("keyframes/cameras/*.json", "keyframes/corrected_cameras/*.json"),
-    "a Record3D capture": ("rgbd/*.depth",),
-    "an ARKitScenes capture": ("lowres_wide.traj", "*/lowres_wide.traj"),
-    "a WAI scene": ("scene_meta.json",),
+    ("transforms_train.json",): "It looks like a NeRF scene, which cannot be read: rename its file to transforms.json",
+    ("*.mp4", "*.mov", "*.MP4", "*.MOV"): "It holds a video: extract frames first, as with "
+    "ffmpeg -i VIDEO -vf fps=2 images/%05d.jpg, and find their cameras, as with COLMAP",
+    ("*.r3d",): "It holds an archive of Record3D: unpack it, it is a zip file",
 }
+DEEPEST = 3  # levels of folders in which captures are looked for
 
 
 def capture_folders(folder: Path, wanted: str | None) -> list[tuple[str, Path]]:
-    """Format and place of the captures in a folder: itself, or those among its sub-folders.
+    """Format and place of the captures in a folder: itself, or those in its folders, and in theirs.
 
     wanted: the format of all; None: as recognized. Raises ValueError if there is none, or if several formats fit one.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file{_unread(folder.parent)}. Give the folder of a capture")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    for places in ([folder], sorted(path for path in folder.iterdir() if path.is_dir())):
-        found = [(name, place) for place in places if (name := _format(place, wanted)) is not None]
-        if found:
-            return found
+    found = _search(folder, wanted, DEEPEST)
+    if found:
+        return found
     known = "; ".join(f"{name}: {layout.TITLE}" for name, layout in FORMATS.items())
     raise ValueError(f"{folder}: holds no capture of a known layout{_unread(folder)}. Looked for {known}")
+
+
+def _search(folder: Path, wanted: str | None, depth: int) -> list[tuple[str, Path]]:
+    name = _format(folder, wanted)
+    if name is not None or not depth:
+        return [(name, folder)] if name is not None else []
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [found for path in inner for found in _search(path, wanted, depth - 1)]
 
 
 def layout_hint(folder: Path) -> str:
@@ -78,7 +103,7 @@ def _format(folder: Path, wanted: str | None) -> str | None:
 
 def _unread(folder: Path) -> str:
     for prefix in ("", "*/"):
-        for name, patterns in UNREAD.items():
+        for patterns, advice in UNREAD.items():
             if any(any(folder.glob(prefix + pattern)) for pattern in patterns):
-                return f". It looks like {name}, which cannot be read yet (see docs/CAPTURES.md)"
+                return f". {advice}"
     return ""

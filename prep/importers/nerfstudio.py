@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.poses import from_opengl, pinhole
-from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, frame_name
+from prep.importers.cameras import OpenCVCamera, from_opengl, pinhole
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, frame_name, one_capture
 
 TITLE = "transforms.json (nerfstudio)"
 FILE = "transforms.json"
@@ -27,6 +27,25 @@ def is_there(folder: Path) -> bool:
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError that names the file and the key."""
     path = folder / FILE
+    content = read_json(path)
+
+    def depth_of(values: dict[str, Any]) -> DepthFile | None:
+        if "depth_file_path" not in values:
+            return None
+        place = folder / str(values["depth_file_path"])
+        # What was applied to the poses was not applied to the depths.
+        scale = float(content.get("applied_scale", 1.0))
+        is_png = place.suffix.lower() == ".png"
+        return DepthFile(
+            path=place, encoding="uint16" if is_png else "float", unit=(DEPTH_UNIT if is_png else 1.0) * scale
+        )
+
+    frames, unusable = read_frames(path, content, from_opengl, depth_of)
+    return one_capture(folder, frames, unusable, [path], None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError unless it is an object with a list `frames`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -34,32 +53,41 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     entries = content.get("frames") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list `frames` that is not empty")
-    frames, bad = [], []
-    for number, entry in enumerate(entries):
+    return content
+
+
+def read_frames(
+    path: Path,
+    content: dict[str, Any],
+    to_extrinsics: Callable[[np.ndarray], np.ndarray],
+    depth_of: Callable[[dict[str, Any]], DepthFile | None],
+) -> tuple[list[Frame], list[tuple[str, str]]]:
+    """The frames of a file, by path, and what is wrong with others.
+
+    to_extrinsics: a 4 x 4 of the file -> camera-from-world; depth_of: a frame's values -> its depth.
+    """
+    frames, unusable = [], []
+    for number, entry in enumerate(content["frames"]):
         try:
-            frames.append(_frame(folder, content, content | entry))
+            values = content | entry
+            extrinsics = to_extrinsics(_pose(values["transform_matrix"]))
+            frames.append(_frame(path.parent, values, extrinsics, depth_of(values)))
         except (KeyError, TypeError, ValueError) as error:
             name = entry.get("file_path", number) if isinstance(entry, dict) else number
-            reason = f"no {error.args[0]} in {FILE}" if isinstance(error, KeyError) else str(error)
-            bad.append((str(name), reason))
-    frames.sort(key=lambda frame: frame.path)
-    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=[path], metric=None)]
+            reason = f"no {error.args[0]} in {path.name}" if isinstance(error, KeyError) else str(error)
+            unusable.append((str(name), reason))
+    return sorted(frames, key=lambda frame: frame.path), unusable
 
 
-def _frame(folder: Path, content: dict[str, Any], values: dict[str, Any]) -> Frame:
-    image = _image(folder, str(values["file_path"]))
-    pose = np.array(values["transform_matrix"], np.float64)
+def _pose(numbers: Any) -> np.ndarray:
+    pose = np.array(numbers, np.float64)
     if pose.shape not in ((4, 4), (3, 4)):
         raise ValueError("transform_matrix is not 4x4")
-    pose = np.vstack([pose[:3], [0, 0, 0, 1]])
-    depth = None
-    if "depth_file_path" in values:
-        place = folder / str(values["depth_file_path"])
-        # What was applied to the poses was not applied to the depths.
-        scale = float(content.get("applied_scale", 1.0))
-        is_png = place.suffix.lower() == ".png"
-        unit = (DEPTH_UNIT if is_png else 1.0) * scale
-        depth = DepthFile(path=place, encoding="uint16" if is_png else "float", unit=unit)
+    return np.vstack([pose[:3], [0, 0, 0, 1]])
+
+
+def _frame(folder: Path, values: dict[str, Any], extrinsics: np.ndarray, depth: DepthFile | None) -> Frame:
+    image = _image(folder, str(values["file_path"] if "file_path" in values else values["image"]))
     return Frame(
         name=frame_name(image.relative_to(folder)),
         path=str(image.relative_to(folder)),
@@ -68,9 +96,7 @@ def _frame(folder: Path, content: dict[str, Any], values: dict[str, Any]) -> Fra
         depth=depth,
         mask=folder / str(values["mask_path"]) if "mask_path" in values else None,
         mask_above=0,
-        camera=OpenCVCamera(
-            extrinsics=from_opengl(pose), intrinsics=_intrinsics(values), distortion=_distortion(values)
-        ),
+        camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=_intrinsics(values), distortion=_distortion(values)),
     )
 
 

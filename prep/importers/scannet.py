@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.poses import inverted, read_matrix
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+from prep.importers.cameras import OpenCVCamera, inverted, read_matrix
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
 
 TITLE = "color/, depth/, pose/, intrinsic/ (ScanNet)"
-CAMERA = "intrinsic/intrinsic_color.txt"
+CAMERA, DEPTH_CAMERA = "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt"
 
 
 def is_there(folder: Path) -> bool:
@@ -17,23 +16,23 @@ def is_there(folder: Path) -> bool:
 
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
-    """Raises ValueError for intrinsics that are not a matrix.
-
-    The depth camera's view is taken for that of the color camera: their intrinsics differ a little, which is up to two
-    pixels of the color image at its edges.
-    """
-    try:
-        matrix = read_matrix((folder / CAMERA).read_text(), 4, 4)[:3, :3]
-    except ValueError as error:
-        raise ValueError(f"{folder / CAMERA}: {error}") from error
-    frames, bad, files = [], [], [folder / CAMERA]
+    """Raises ValueError for intrinsics that are not a matrix. Both cameras are taken to be in one place."""
+    files = [path for name in (CAMERA, DEPTH_CAMERA) if (path := folder / name).is_file()]
+    matrices = {}
+    for path in files:
+        try:
+            matrices[path] = read_matrix(path.read_text(), 4, 4)[:3, :3]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    matrix, of_depth = matrices[folder / CAMERA], matrices.get(folder / DEPTH_CAMERA)
+    frames, unusable = [], []
     for pose in sorted((folder / "pose").glob("*.txt"), key=lambda path: (len(path.stem), path.stem)):
         image = next(iter(sorted((folder / "color").glob(f"{pose.stem}.*"))), folder / "color" / f"{pose.stem}.jpg")
         files.append(pose)
         try:
             extrinsics = inverted(read_matrix(pose.read_text(), 4, 4))
         except ValueError as error:  # also those that were lost: -inf
-            bad.append((f"color/{image.name}", str(error)))
+            unusable.append((f"color/{image.name}", str(error)))
             continue
         depth = folder / "depth" / f"{pose.stem}.png"
         frames.append(
@@ -42,9 +41,9 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 path=f"color/{image.name}",
                 image=image,
                 size=None,
-                depth=DepthFile(path=depth, unit=1e-3) if depth.exists() else None,
+                depth=DepthFile(path=depth, unit=1e-3, intrinsics=of_depth) if depth.exists() else None,
                 mask=None,
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
             )
         )
-    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True)]
+    return one_capture(folder, frames, unusable, files, True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.poses import inverted, pinhole, read_matrix
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+from prep.importers.cameras import OpenCVCamera, inverted, pinhole, read_matrix
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
 
 TITLE = "frame-NNNNNN.{color,depth,pose} (7-Scenes)"
 INTRINSICS_FILE = "camera-intrinsics.txt"
@@ -24,7 +23,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         matrix = read_matrix(file.read_text(), 3, 3)
     else:
         matrix = pinhole(*(intrinsics or DEFAULT))
-    frames, bad = [], []
+    frames, unusable = [], []
     poses = sorted(folder.glob("frame-*.pose.txt"))
     for pose in poses:
         stem = pose.name.removesuffix(".pose.txt")
@@ -33,7 +32,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         try:
             extrinsics = inverted(read_matrix(pose.read_text(), 4, 4))
         except ValueError as error:
-            bad.append((pose.name, str(error)))
+            unusable.append((pose.name, str(error)))
             continue
         frames.append(
             Frame(
@@ -47,4 +46,4 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             )
         )
     files = [*poses, file] if file.is_file() else poses
-    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True)]
+    return one_capture(folder, frames, unusable, files, True)

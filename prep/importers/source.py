@@ -26,7 +26,7 @@ class Distortion:
 
 
 class Camera(Protocol):
-    """A camera as the dataset writes it, such as those of prep.importers.co3d_cameras."""
+    """A camera as the dataset writes it, such as those of prep.importers.cameras."""
 
     @property
     def distortion(self) -> Distortion | None:
@@ -46,8 +46,10 @@ class DepthFile:
     """A depth map of the view of its image, in whatever size.
 
     encoding: half (16-bit PNG whose bits are half floats), uint16 (16-bit PNG), float (EXR, TIFF, npy or npz), colmap
-    (COLMAP's .bin). unit: of a stored number, in the units of the translations. kind: stereo, sensor, mvs or rendered;
-    what lies farthest in stereo depth is noise, and is dropped. nothing: a stored number that means unknown, beside 0.
+    (COLMAP's .bin), record3d (LZFSE of float32). unit: of a stored number, in the units of the translations. kind:
+    stereo, sensor, mvs or rendered; what lies farthest in stereo depth is noise, and is dropped. nothing: a stored
+    number that means unknown, beside 0. intrinsics [3, 3]: of the depth map, in its pixels, where its camera, in the
+    image's place, has others than the image; None: its sides are those of the image.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class DepthFile:
     unit: float = 1.0
     kind: str = "sensor"
     nothing: float | None = None
+    intrinsics: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,11 @@ class SparsePoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One image with its camera; files are read when the frame is packed, cameras are checked then."""
+    """One image with its camera; files are read when the frame is packed, cameras are checked then.
+
+    depth_range: depths outside of it are unknown, in the units of the translations. quarter_turns: the image is stored
+    turned counterclockwise by so many, and depth and camera with it.
+    """
 
     name: str  # unique within its sequence
     path: str  # of the image within the dataset, for reports
@@ -76,6 +83,8 @@ class Frame:
     mask: Path | None  # 8-bit, depth counts where > mask_above; None, or no such file: everywhere
     camera: Camera
     mask_above: int = 128
+    depth_range: tuple[float, float] | None = None
+    quarter_turns: int = 0
 
 
 Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in pixels, (0, 0) the center of the first
@@ -85,14 +94,14 @@ Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in pixels, (0, 
 class Capture:
     """What an importer makes of one capture: frames in their order, before it is said what they are for.
 
-    place: the folder; captures of one place go to one split. bad: frames without an image or a pose: path, reason.
-    files: those that say what the capture is. metric: whether lengths are meters; None: not known.
+    place: the folder; captures of one place go to one split. unusable: images without a pose, entries that are none:
+    path, reason. files: those that say what the capture is. metric: whether lengths are meters; None: not known.
     """
 
     name: str
     place: Path
     frames: list[Frame]
-    bad: list[tuple[str, str]]
+    unusable: list[tuple[str, str]]
     files: list[Path]
     metric: bool | None
 
@@ -101,6 +110,14 @@ class Capture:
         """sensor, mvs, rendered, sparse or none: that of its first depth."""
         depth = next((frame.depth for frame in self.frames if frame.depth is not None), None)
         return "none" if depth is None else "sparse" if isinstance(depth, SparsePoints) else depth.kind
+
+
+def one_capture(
+    folder: Path, frames: list[Frame], unusable: list[tuple[str, str]], files: list[Path], metric: bool | None
+) -> list[Capture]:
+    """The capture that a folder is, called after it."""
+    name = folder.resolve().name
+    return [Capture(name=name, place=folder, frames=frames, unusable=unusable, files=files, metric=metric)]
 
 
 def frame_name(path: Path) -> str:

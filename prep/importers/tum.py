@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.poses import interpolated, inverted, pinhole
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics
+from prep.importers.cameras import OpenCVCamera, from_quaternion, interpolated, inverted, pinhole
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
 
 TITLE = "rgb.txt, depth.txt, groundtruth.txt (TUM RGB-D)"
 MOST_APART = 0.02  # seconds between an image and its depth, or the nearest pose
@@ -34,19 +33,18 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     images, depths = _listed(folder / "rgb.txt"), _listed(folder / "depth.txt")
     times, poses = _poses(folder / "groundtruth.txt")
     depth_times = np.array(sorted(depths))
-    frames, bad = [], []
+    frames, unusable = [], []
     for time, name in sorted(images.items()):
         if len(times) < 2 or np.abs(times - time).min() > MOST_APART:
-            bad.append((name, "no pose near the time of the image"))
+            unusable.append((name, "no pose near the time of the image"))
             continue
         near = float(depth_times[np.abs(depth_times - time).argmin()]) if len(depth_times) else None
         depth = None
         if near is not None and abs(near - time) <= MOST_APART:
             depth = DepthFile(path=folder / depths[near], unit=DEPTH_UNIT)
-        with np.errstate(invalid="ignore"):
-            pose = interpolated(time, times, poses[:, 3:], poses[:, :3])
+        pose = interpolated(time, times, poses)
         if not np.isfinite(pose).all():
-            bad.append((name, "pose without a rotation"))
+            unusable.append((name, "pose without a rotation"))
             continue
         frames.append(
             Frame(
@@ -60,7 +58,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             )
         )
     files = [path for name in ("rgb", "depth", "groundtruth") if (path := folder / f"{name}.txt").is_file()]
-    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=bad, files=files, metric=True)]
+    return one_capture(folder, frames, unusable, files, True)
 
 
 def _known(folder: Path) -> Intrinsics | None:
@@ -84,11 +82,11 @@ def _listed(path: Path) -> dict[float, str]:
 
 
 def _poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Times [n] in order, and tx ty tz qx qy qz qw [n, 7], those that are finite. Raises ValueError."""
+    """Times [n] in order, and camera-to-world [n, 4, 4], of those that are finite. Raises ValueError."""
     try:
         rows = np.array(_rows(path), np.float64).reshape(-1, 8)
     except ValueError as error:
         raise ValueError(f"{path}: expected lines of t tx ty tz qx qy qz qw ({error})") from error
     rows = rows[np.isfinite(rows).all(axis=1)]
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    return rows[:, 0], rows[:, 1:]
+    return rows[:, 0], np.array([from_quaternion(row[4:], row[1:4]) for row in rows])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.importers.co3d_cameras import OpenCVCamera
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, frame_name
+from prep.importers.cameras import OpenCVCamera
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, frame_name, one_capture
 
 TITLE = "cam_from_worlds.npy, intrinsics.npy, images/ (VGGT-Omega)"
 POSES, CAMERAS, NAMES = "cam_from_worlds.npy", "intrinsics.npy", "image_names.json"
@@ -53,4 +53,4 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             )
         )
     files = [folder / name for name in (NAMES, POSES, CAMERAS)]
-    return [Capture(name=folder.resolve().name, place=folder, frames=frames, bad=[], files=files, metric=None)]
+    return one_capture(folder, frames, [], files, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.importers.source import DepthFile, SparsePoints
+from prep.importers.source import DepthFile, Frame
 from prep.packing.lens import Lens
 from prep.packing.reading import BadFrameError, read_file, read_image, read_png
 from shards.geometry import nearest, project
@@ -22,47 +22,67 @@ KEPT_SCALES = (1e-2, 1e3)  # of median depths that are stored as they are
 
 
 class Target:
-    """The stored image of a frame, and where its pixels lie in the source image.
+    """The stored image of a frame, and where its pixels lie in the source image, before both are turned.
 
-    source, size: height and width of both; factor: of an edge's place in the stored image, (y, x); lens: between them.
+    source, size: height and width of both; factor: of an edge's place in the stored image, (y, x); lens: between them;
+    intrinsics [3, 3]: of the source image; quarter_turns: counterclockwise, of what is stored.
     """
 
     def __init__(
-        self, source: tuple[int, int], size: tuple[int, ...], factor: tuple[float, ...], lens: Lens | None
+        self,
+        source: tuple[int, int],
+        size: tuple[int, ...],
+        factor: tuple[float, ...],
+        lens: Lens | None,
+        intrinsics: np.ndarray,
+        quarter_turns: int = 0,
     ) -> None:
         self.source, self.size, self.factor, self.lens = source, size, factor, lens
+        self.intrinsics, self.quarter_turns = intrinsics, quarter_turns
 
-    def pick(self, values: np.ndarray) -> np.ndarray:
-        """The nearest of values [h, w], of the source's view in any size, for each pixel of the stored image."""
+    def pick(self, values: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+        """The nearest of values [h, w], of the source's view in any size, for each pixel of the stored image.
+
+        own: intrinsics [3, 3] of the camera of values, if they differ; what it does not see becomes 0.
+        """
         shape = values.shape[0], values.shape[1]
         if self.lens is None:
-            if shape == self.size:
+            if shape == self.size and own is None:
                 return values
-            scale = [n / m for n, m in zip(shape, self.source, strict=True)]
-            rows, columns = (
-                nearest((np.arange(n) + 0.5) / f * s - 0.5, m)
-                for n, f, s, m in zip(self.size, self.factor, scale, shape, strict=True)
-            )
-            return values[rows[:, None], columns]
-        y, x = np.mgrid[: self.size[0], : self.size[1]].reshape(2, -1)
-        full = np.column_stack([(x + 0.5) / self.factor[1] - 0.5, (y + 0.5) / self.factor[0] - 0.5])
-        places = self.lens.to_source(full)
-        columns, rows = (
-            nearest((place + 0.5) * n / m - 0.5, n)
-            for place, n, m in zip(places.T, shape[::-1], self.source[::-1], strict=True)
-        )
-        return values[rows, columns].reshape(self.size)
+            places = [(np.arange(n) + 0.5) / f - 0.5 for n, f in zip(self.size, self.factor, strict=True)]
+        else:
+            y, x = np.mgrid[: self.size[0], : self.size[1]].reshape(2, -1)
+            full = np.column_stack([(x + 0.5) / self.factor[1] - 0.5, (y + 0.5) / self.factor[0] - 0.5])
+            places = list(self.lens.to_source(full).T[::-1])
+        places = [
+            scale * place + offset for place, (scale, offset) in zip(places, self._to_map(shape, own), strict=True)
+        ]
+        rows, columns = (nearest(place, n) for place, n in zip(places, shape, strict=True))
+        if self.lens is None:
+            rows, places[0] = rows[:, None], places[0][:, None]
+        picked = values[rows, columns]
+        if own is not None:
+            inside = [(place >= -0.5) & (place <= n - 0.5) for place, n in zip(places, shape, strict=True)]
+            picked = np.where(inside[0] & inside[1], picked, values.dtype.type(0))
+        return picked.reshape(self.size)
 
-    def scatter(self, depth: np.ndarray) -> np.ndarray:
+    def scatter(self, depth: np.ndarray, own: np.ndarray | None) -> np.ndarray:
         """Each sample of a depth map [h, w] that is coarser than the stored image in one pixel: none is spread."""
         rows, columns = np.nonzero(depth > 0)
-        shape = depth.shape
-        pixels = np.column_stack(
-            [(columns + 0.5) * self.source[1] / shape[1] - 0.5, (rows + 0.5) * self.source[0] / shape[0] - 0.5]
-        )
+        (row_scale, row_offset), (column_scale, column_offset) = self._to_map(depth.shape, own)
+        pixels = np.column_stack([(columns - column_offset) / column_scale, (rows - row_offset) / row_scale])
         if self.lens is not None:
             pixels = self.lens.from_source(pixels)
         return self.place((pixels + 0.5) * self.factor[::-1] - 0.5, depth[rows, columns])
+
+    def _to_map(self, shape: tuple[int, ...], own: np.ndarray | None) -> list[tuple[float, float]]:
+        """Factor and offset of the rows, and of the columns, of source pixels in a map of this shape."""
+        if own is None:
+            return [(n / m, (n / m - 1) / 2) for n, m in zip(shape, self.source, strict=True)]
+        scales = [own[axis, axis] / self.intrinsics[axis, axis] for axis in (1, 0)]
+        return [
+            (scale, own[axis, 2] - scale * self.intrinsics[axis, 2]) for axis, scale in zip((1, 0), scales, strict=True)
+        ]
 
     def place(self, pixels: np.ndarray, depths: np.ndarray) -> np.ndarray:
         """A depth map of the stored size with depths [n] at pixels [n, 2], the nearest where several meet."""
@@ -74,39 +94,63 @@ class Target:
 
 
 def stored_depth(
-    depth: DepthFile | SparsePoints,
-    mask: Mask | None,
-    target: Target,
-    extrinsics: np.ndarray,
-    intrinsics: np.ndarray,
+    frame: Frame, target: Target, extrinsics: np.ndarray, intrinsics: np.ndarray
 ) -> tuple[np.ndarray, float, float | None]:
-    """Half floats of the stored size, 0 where unknown, their factor, and the median of what is known (None: nothing).
+    """Half floats as stored, 0 where unknown, their factor, and the median of what is known (None: nothing).
 
-    extrinsics [3, 4], intrinsics [3, 3]: the stored image's camera. The median is in the units of the translations.
+    extrinsics [3, 4], intrinsics [3, 3]: the stored image's camera, before it is turned. The median is in the units of
+    the translations. Raises BadFrameError.
     """
-    if isinstance(depth, SparsePoints):
-        pixels, z = project(depth.points.T, extrinsics, intrinsics)
-        values = target.place(pixels.T[z > 0], z[z > 0])
-        return _as_halves(_masked(values, mask, target), 1.0)
-    if depth.encoding == "half":
-        halves = target.pick(_checked(read_png(depth.path, "depth", np.uint16), target)).view(np.float16)
-        valid = np.isfinite(halves) & (halves > 0)
-        return _cut(np.where(valid, halves, np.float16(0)), depth, mask, target)
-    values = read_depth(depth)
+    depth, mask = frame.depth, None if frame.mask is None else (frame.mask, frame.mask_above)
+    if isinstance(depth, DepthFile) and depth.encoding == "half":
+        halves, scale, median = _stored_halves(depth, mask, target)
+    else:
+        if isinstance(depth, DepthFile):
+            values = _placed(depth, target)
+        else:
+            points = depth.points if depth is not None else np.empty((0, 3))
+            pixels, z = project(points.T, extrinsics, intrinsics)
+            values = target.place(pixels.T[z > 0], z[z > 0])
+        if frame.depth_range is not None:
+            near, far = frame.depth_range
+            values = np.where((values >= near) & (values <= far), values, np.float32(0))
+        halves, scale, median = _as_halves(_masked(values, mask, target))
+    return np.rot90(halves, target.quarter_turns), scale, median
+
+
+def _stored_halves(depth: DepthFile, mask: Mask | None, target: Target) -> tuple[np.ndarray, float, float | None]:
+    """Of a file that holds half floats: as they are, but without what lies farthest, if it is of stereo."""
+    halves = target.pick(_checked(read_png(depth.path, "depth", np.uint16), target)).view(np.float16)
+    valid = np.isfinite(halves) & (halves > 0)
+    halves = _masked(np.where(valid, halves, np.float16(0)), mask, target)
+    known = halves[halves > 0].astype(np.float32)
+    if not len(known):
+        return halves, depth.unit, None
+    median, far = np.percentile(known, (50, FAR_PERCENTILE))
+    if depth.kind == "stereo":
+        halves = np.where(halves <= far, halves, np.float16(0))
+    return halves, depth.unit, float(median) * depth.unit
+
+
+def _placed(depth: DepthFile, target: Target) -> np.ndarray:
+    """The depths of a file, in the units of the translations, where they belong: float32 of the stored size."""
+    values = _read_depth(depth, target.source)
     aspects = [shape[1] / shape[0] for shape in (values.shape, target.source)]
-    if not 1 / MAX_ASPECT < aspects[0] / aspects[1] < MAX_ASPECT:
+    if depth.intrinsics is None and not 1 / MAX_ASPECT < aspects[0] / aspects[1] < MAX_ASPECT:
         raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
     is_fine = values.shape[0] >= target.size[0]
-    values = target.pick(values) if is_fine else target.scatter(values)
-    return _as_halves(_masked(values.astype(np.float32), mask, target), depth.unit)
+    values = target.pick(values, depth.intrinsics) if is_fine else target.scatter(values, depth.intrinsics)
+    return values.astype(np.float32) * np.float32(depth.unit)
 
 
-def read_depth(depth: DepthFile) -> np.ndarray:
+def _read_depth(depth: DepthFile, image_size: tuple[int, int]) -> np.ndarray:
     """The numbers of a depth file as float32 [h, w], 0 where unknown. Raises BadFrameError."""
     if depth.encoding == "uint16":
         values = read_png(depth.path, "depth", np.uint16).astype(np.float32)
     elif depth.encoding == "colmap":
         values = _read_colmap(depth.path)
+    elif depth.encoding == "record3d":
+        values = _read_record3d(depth.path, image_size)
     else:
         values = _read_float(depth.path)
     valid = np.isfinite(values) & (values > 0)
@@ -163,6 +207,23 @@ def _read_colmap(path: Path) -> np.ndarray:
     return np.ascontiguousarray(values[..., 0].T)
 
 
+def _read_record3d(path: Path, image_size: tuple[int, int]) -> np.ndarray:
+    """LZFSE of float32, in as many rows and columns as their number and the image's shape say."""
+    try:
+        import liblzfse
+    except ImportError as error:
+        raise BadFrameError("Record3D needs .venv/bin/pip install -c constraints.txt -e '.[record3d]'") from error
+    try:
+        values = np.frombuffer(liblzfse.decompress(read_file(path, "depth")), "<f4")
+    except (ValueError, liblzfse.error) as error:
+        raise error if isinstance(error, BadFrameError) else BadFrameError("depth is damaged", str(error)) from error
+    scale = (len(values) / (image_size[0] * image_size[1])) ** 0.5
+    height, width = (round(n * scale) for n in image_size)
+    if not len(values) or height * width != len(values):
+        raise BadFrameError("depth is not of the image's shape", f"{len(values)} numbers against {image_size}")
+    return values.reshape(height, width)
+
+
 def _checked(values: np.ndarray, target: Target) -> np.ndarray:
     if values.shape != target.source:
         raise BadFrameError("depth is not of the image's size", f"{values.shape} against {target.source}")
@@ -180,23 +241,8 @@ def _masked(values: np.ndarray, mask: Mask | None, target: Target) -> np.ndarray
     return np.where(target.pick(array) > mask[1], values, values.dtype.type(0))
 
 
-def _cut(
-    halves: np.ndarray, depth: DepthFile, mask: Mask | None, target: Target
-) -> tuple[np.ndarray, float, float | None]:
-    """Without what lies farthest, if it is of stereo."""
-    halves = _masked(halves, mask, target)
-    known = halves[halves > 0].astype(np.float32)
-    if not len(known):
-        return halves, depth.unit, None
-    median, far = np.percentile(known, (50, FAR_PERCENTILE))
-    if depth.kind == "stereo":
-        halves = np.where(halves <= far, halves, np.float16(0))
-    return halves, depth.unit, float(median) * depth.unit
-
-
-def _as_halves(values: np.ndarray, unit: float) -> tuple[np.ndarray, float, float | None]:
-    """Depths [H, W] in float32, times unit, as half floats and their factor: 1, unless that would lose precision."""
-    values = values * np.float32(unit)
+def _as_halves(values: np.ndarray) -> tuple[np.ndarray, float, float | None]:
+    """Depths [H, W] in float32 as half floats and their factor: 1, unless that would lose precision."""
     known = values[values > 0]
     if not len(known):
         return np.zeros(values.shape, np.float16), 1.0, None

@@ -46,7 +46,7 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     """Read, check, undistort, resize and encode a frame. Raises BadFrameError."""
     data = read_file(frame.image, "image")
     distortion = frame.camera.distortion
-    as_jpeg = data.startswith(JPEG_START) and distortion is None
+    as_jpeg = data.startswith(JPEG_START) and distortion is None and not frame.quarter_turns
     try:
         image, eighths, source = _decode(data, options, as_jpeg)
     except ValueError as error:
@@ -70,15 +70,18 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
         size = max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
         factor = tuple(eighths / 8 * n / decoded for n, decoded in zip(size, image.shape[:2], strict=True))
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+    turns = frame.quarter_turns
     if scale < 1 or not as_jpeg:
-        data = encode_jpeg(image, options.quality)
-    intrinsics = scale_intrinsics(intrinsics, factor[1], factor[0])
+        data = encode_jpeg(np.ascontiguousarray(np.rot90(image, turns)), options.quality)
     depth, depth_scale, median_depth = None, 1.0, None
+    target = Target(source, size, factor, lens, intrinsics, turns)
+    intrinsics = scale_intrinsics(intrinsics, factor[1], factor[0])
     if frame.depth is not None:
-        target = Target(source, size, factor, lens)
-        mask = None if frame.mask is None else (frame.mask, frame.mask_above)
-        halves, depth_scale, median_depth = stored_depth(frame.depth, mask, target, extrinsics, intrinsics)
+        halves, depth_scale, median_depth = stored_depth(frame, target, extrinsics, intrinsics)
         depth = encode_depth(halves)
+    for _ in range(turns):
+        extrinsics, intrinsics = turned_camera(extrinsics, intrinsics, size[1])
+        size = size[::-1]
     meta = FrameMeta(
         extrinsics=extrinsics,
         intrinsics=intrinsics,
@@ -104,6 +107,13 @@ def _decode(data: bytes, options: FrameOptions, as_jpeg: bool) -> tuple[np.ndarr
 
 def _scale(size: tuple[int, int], options: FrameOptions) -> float:
     return min(1.0, options.short_side / min(size)) if options.short_side else 1.0
+
+
+def turned_camera(extrinsics: np.ndarray, k: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The camera of an image of so many columns after a quarter turn counterclockwise."""
+    turn = np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
+    turned = np.array([[k[1, 1], 0, k[1, 2]], [0, k[0, 0], width - 1 - k[0, 2]], [0, 0, 1]])
+    return turn @ extrinsics, turned
 
 
 def orthonormalized(extrinsics: np.ndarray) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 PNG_END = b"IEND\xaeB`\x82"
+HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 
 
 class BadFrameError(ValueError):
@@ -59,5 +61,20 @@ def read_rgb(data: bytes) -> np.ndarray:
     """
     if data.startswith(b"\x89PNG") and PNG_END not in data[-64:]:
         raise BadFrameError("image is damaged", "it is truncated")
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+        return _read_heic(data)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     return cv2.cvtColor(read_image(data, "image", flags), cv2.COLOR_BGR2RGB)
+
+
+def _read_heic(data: bytes) -> np.ndarray:
+    """As its decoder gives it: a turn that such a file describes is part of the picture there."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise BadFrameError("HEIC needs .venv/bin/pip install -c constraints.txt -e '.[heic]'") from error
+    try:
+        image = np.asarray(pillow_heif.open_heif(BytesIO(data), convert_hdr_to_8bit=True))
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise BadFrameError("image is damaged", str(error)) from error
+    return np.ascontiguousarray(image[..., :3]) if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)

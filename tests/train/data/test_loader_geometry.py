@@ -11,7 +11,7 @@ from planes import plane_depth, stripes
 
 import shards
 from prep.importers.co3d import stereo_depth
-from prep.importers.co3d_cameras import OpenCVCamera
+from prep.importers.cameras import OpenCVCamera
 from prep.importers.source import Frame
 from prep.packing.frames import FrameOptions, pack_frame
 from shards.build_index import rebuild_index

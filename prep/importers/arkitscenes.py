@@ -1,0 +1,104 @@
+"""ARKitScenes: lowres_wide.traj, images, intrinsics and depths in millimeters by time, of a phone in any position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from prep.importers.cameras import OpenCVCamera, interpolated, inverted, pinhole, rigid
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
+
+TITLE = "lowres_wide.traj, lowres_wide/ or vga_wide/ (ARKitScenes)"
+TRAJECTORY = "lowres_wide.traj"
+IMAGES = ("vga_wide", "lowres_wide")  # the larger ones first
+SAME_TIME = 2e-3  # seconds: file names are rounded to one
+MOST_APART = 0.2  # seconds from the nearest pose
+
+
+def is_there(folder: Path) -> bool:
+    return (folder / TRAJECTORY).is_file() and any((folder / name).is_dir() for name in IMAGES)
+
+
+def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
+    """Raises ValueError for a trajectory of other lines. Images are stored upright: gravity is along the world's z."""
+    times, poses = _trajectory(folder / TRAJECTORY)
+    images = next(found for name in IMAGES if (found := _by_time(folder / name)) or name == IMAGES[-1])
+    cameras = _by_time(folder / f"{_kind(images)}_intrinsics") or _by_time(folder / "lowres_wide_intrinsics")
+    depths = _by_time(folder / "lowres_depth")
+    frames, unusable = [], []
+    turns = _quarter_turns(poses)
+    for time, image in images.items():
+        name = str(image.relative_to(folder))
+        camera = _nearest(cameras, time)
+        if len(times) < 2 or np.abs(times - time).min() > MOST_APART:
+            unusable.append((name, "no pose near the time of the image"))
+            continue
+        try:
+            if camera is None:
+                raise ValueError("image without a .pincam")
+            width, height, *numbers = map(float, camera.read_text().split())
+            extrinsics = inverted(interpolated(time, times, poses))
+            matrix = pinhole(*numbers, corner=True)
+        except (TypeError, ValueError) as error:
+            unusable.append((name, str(error)))
+            continue
+        depth = _nearest(depths, time)
+        frames.append(
+            Frame(
+                name=image.stem.replace(".", "_"),
+                path=name,
+                image=image,
+                size=(int(height), int(width)),
+                depth=DepthFile(path=depth, unit=1e-3) if depth is not None else None,
+                mask=None,
+                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
+                quarter_turns=turns,
+            )
+        )
+    files = [folder / TRAJECTORY, *cameras.values()]
+    return one_capture(folder, frames, unusable, files, True)
+
+
+def _trajectory(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Times [n] in order, and camera-to-world [n, 4, 4] of the file's camera-from-world. Raises ValueError."""
+    try:
+        rows = np.array([line.split() for line in path.read_text().splitlines() if line.strip()], np.float64)
+        rows = rows.reshape(-1, 7)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected lines of a time, a rotation and a place ({error})") from error
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    poses = [np.linalg.inv(rigid(cv2.Rodrigues(row[1:4])[0], row[4:])) for row in rows]
+    return rows[:, 0], np.array(poses).reshape(-1, 4, 4)
+
+
+def _by_time(folder: Path) -> dict[float, Path]:
+    """The files <video>_<time>.<suffix> of a folder, in their order."""
+    found = {}
+    for path in folder.glob("*_*.*"):
+        try:
+            found[float(path.stem.rsplit("_", 1)[1])] = path
+        except ValueError:
+            continue
+    return dict(sorted(found.items()))
+
+
+def _kind(images: dict[float, Path]) -> str:
+    return next(iter(images.values())).parent.name if images else IMAGES[-1]
+
+
+def _nearest(files: dict[float, Path], time: float) -> Path | None:
+    """The file of a time that is the same but for rounding."""
+    times = np.fromiter(files, np.float64)
+    if not len(times):
+        return None
+    near = float(times[np.abs(times - time).argmin()])
+    return files[near] if abs(near - time) <= SAME_TIME else None
+
+
+def _quarter_turns(poses: np.ndarray) -> int:
+    """By how many quarters, counterclockwise, most of the images must be turned to stand upright."""
+    up = poses[:, 2, :2].sum(axis=0) if len(poses) else np.array([0, -1])  # in the images: x right, y down
+    return int(np.argmax([-up[1], up[0], up[1], -up[0]]))
