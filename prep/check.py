@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from typing import Any
 
 import cv2
 import numpy as np
 
 from prep.importers.source import Capture, Frame
-from prep.packing.frames import FrameOptions, pack_frame
+from prep.packing.frames import FrameOptions, pack_frame, turned_camera
 from prep.packing.reading import BadFrameError
 from shards.codecs import decode_depth, decode_jpeg
 
-VIEWS = 16  # of a capture, evenly spaced
+PAIRS = 15  # of views, evenly over the capture
 SHORT_SIDE = 480
 MATCH_RATIO, CLEAN = 0.75, 1.5  # of SIFT's distances; pixels from the epipolar lines that fit the matches best
 MIN_MATCHES, MIN_PAIRS = 25, 3
@@ -29,6 +30,9 @@ MIN_PARALLAX = 1.0  # degrees, of a match that is triangulated
 DEPTH_FITS = 1.15  # factor within which depths and triangulated ones are the same
 UNITS = {1000.0: "depths are 1000 times too large (millimeters?)", 1e-3: "depths are 1000 times too small (meters?)"}
 MIN_DEPTHS = 30
+SURE = 2.0  # standard errors
+UNIT_OFF = 10.0  # factor beyond which depths are in another unit, whatever they are along
+TYPICAL, TRIMS = 0.3, 5  # logarithm of a ratio of depths that belongs to the rest at first; rounds of a fit
 
 
 @dataclass
@@ -57,80 +61,101 @@ class CaptureCheck:
 
 def check_capture(capture: Capture) -> CaptureCheck:
     """Raises nothing for a bad capture: its check says so."""
-    views, reasons = _views(capture.frames)
-    if len(views) <= MIN_PAIRS:
-        why = f": {reasons.most_common(1)[0][0]}" if reasons else ""
-        return CaptureCheck(capture.name, 0, 0.0, None, None, f"too few of its frames can be used{why}")
-    pairs = _matched(views)
+    pairs, reasons = _matched_pairs(capture.frames)
     if len(pairs) < MIN_PAIRS:
         words = f"only {len(pairs)} pairs of views have enough matches to tell"
+        if reasons:
+            words += f"; {reasons.total()} frames could not be used: {reasons.most_common(1)[0][0]}"
         return CaptureCheck(capture.name, len(pairs), 0.0, None, None, words)
     scores = {name: _score(pairs, change) for name, change in HYPOTHESES.items()}
     given = scores.pop(GIVEN)
     best = max(scores, key=lambda name: scores[name])
-    ratio = _depth_ratio(pairs)
+    depths = _compared_depths(pairs)
+    ratio = float(np.median(depths[0])) if len(depths[0]) >= MIN_DEPTHS else None
+    words = None
     if scores[best] > given + BETTER and scores[best] >= FITS:
         words = f"{scores[best]:.0%} would fit if {best}"
-        return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
-    if given < FITS:
-        return CaptureCheck(capture.name, len(pairs), given, ratio, False, "cameras and images do not fit")
-    if ratio is not None and not 1 / DEPTH_FITS < ratio < DEPTH_FITS:
-        unit = next((words for factor, words in UNITS.items() if 0.5 < ratio / factor < 2), None)
-        words = unit or f"depths are {ratio:.3g} times what the cameras say: is the focal length right?"
+    elif given < FITS:
+        words = "cameras and images do not fit"
+    elif ratio is not None:
+        words = _wrong_depth(ratio, *depths)
+    if words is not None:
         return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
     words = "cameras and images fit" + (", and so do the depths" if ratio is not None else "; no depth to compare with")
     return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
 
 
-def _views(frames: list[Frame]) -> tuple[list[View], Counter[str]]:
-    """Some frames, evenly spaced, that can be read, and why others cannot."""
-    views: list[View] = []
-    reasons: Counter[str] = Counter()
-    for number in np.unique(np.linspace(0, len(frames) - 1, min(VIEWS, len(frames))).round().astype(int)):
-        try:
-            packed = pack_frame(frames[number], FrameOptions(short_side=SHORT_SIDE))
-            size = packed.meta.height, packed.meta.width
-            around = [frames[max(0, number - 1)], frames[min(len(frames) - 1, number + 1)]]
-            before, after = (frame.camera.opencv(*size)[0] for frame in around)
-        except BadFrameError as error:
-            reasons[str(error)] += 1
-            continue
-        image, _ = decode_jpeg(packed.jpeg)
-        depth = None if packed.depth is None else decode_depth(packed.depth, *size).astype(float)
-        views.append(
-            View(
-                image=cv2.cvtColor(image, cv2.COLOR_RGB2GRAY),
-                depth=None if depth is None else depth * packed.meta.depth_scale,
-                extrinsics=packed.meta.extrinsics,
-                intrinsics=packed.meta.intrinsics,
-                before=before,
-                after=after,
-            )
-        )
-    return views, reasons
-
-
 Pair = tuple[View, View, np.ndarray, np.ndarray]  # with pixels [n, 2] of the matches in both
 
 
-def _matched(views: list[View]) -> list[Pair]:
-    """Neighboring views with their matches, cleaned by the geometry that fits these best, whatever the cameras say."""
+def _matched_pairs(frames: list[Frame]) -> tuple[list[Pair], Counter[str]]:
+    """Pairs of views with matches, evenly over the capture, and why frames could not be used.
+
+    The second of a pair is as far from the first as the next pair, or nearer, until there are matches.
+    """
     sift = cv2.SIFT.create(3000)
-    features = [sift.detectAndCompute(view.image, None) for view in views]
-    found = []
-    for (a, (keys_a, of_a)), (b, (keys_b, of_b)) in pairwise(zip(views, features, strict=True)):
-        if of_a is None or of_b is None or len(of_b) < 2:
-            continue
-        matches = [m for m, n in cv2.BFMatcher().knnMatch(of_a, of_b, k=2) if m.distance < MATCH_RATIO * n.distance]
-        if len(matches) < MIN_MATCHES:
-            continue
-        pixels_a = np.array([keys_a[m.queryIdx].pt for m in matches])
-        pixels_b = np.array([keys_b[m.trainIdx].pt for m in matches])
-        _, clean = cv2.findFundamentalMat(pixels_a, pixels_b, cv2.FM_RANSAC, CLEAN, 0.999)
-        clean = np.zeros(len(matches), bool) if clean is None else clean[:, 0] > 0
-        if clean.sum() >= MIN_MATCHES:
-            found.append((a, b, pixels_a[clean], pixels_b[clean]))
-    return found
+    reasons: Counter[str] = Counter()
+
+    @cache
+    def seen(number: int) -> tuple[View, Any] | None:
+        try:
+            view = _view(frames, number)
+        except BadFrameError as error:
+            reasons[str(error)] += 1
+            return None
+        return view, sift.detectAndCompute(view.image, None)
+
+    pairs = []
+    for number in np.unique(np.linspace(0, max(0, len(frames) - 2), PAIRS).round().astype(int)):
+        gap = max(1, len(frames) // PAIRS)
+        while gap and (first := seen(int(number))) is not None:
+            second = seen(min(int(number) + gap, len(frames) - 1))
+            pair = None if second is None else _matched(first, second)
+            if pair is not None:
+                pairs.append(pair)
+                break
+            gap //= 2
+    return pairs, reasons
+
+
+def _view(frames: list[Frame], number: int) -> View:
+    """Raises BadFrameError."""
+    packed = pack_frame(frames[number], FrameOptions(short_side=SHORT_SIDE))
+    size = packed.meta.height, packed.meta.width
+    around = [frames[max(0, number - 1)], frames[min(len(frames) - 1, number + 1)]]
+    before, after = (_stored_pose(frame, *size) for frame in around)
+    image, _ = decode_jpeg(packed.jpeg)
+    depth = None if packed.depth is None else decode_depth(packed.depth, *size).astype(float)
+    return View(
+        image=cv2.cvtColor(image, cv2.COLOR_RGB2GRAY),
+        depth=None if depth is None else depth * packed.meta.depth_scale,
+        extrinsics=packed.meta.extrinsics,
+        intrinsics=packed.meta.intrinsics,
+        before=before,
+        after=after,
+    )
+
+
+def _stored_pose(frame: Frame, height: int, width: int) -> np.ndarray:
+    extrinsics, intrinsics = frame.camera.opencv(height, width)
+    for _ in range(frame.quarter_turns):
+        extrinsics, intrinsics = turned_camera(extrinsics, intrinsics, width)
+    return extrinsics
+
+
+def _matched(a: tuple[View, Any], b: tuple[View, Any]) -> Pair | None:
+    """The matches of two views, cleaned by the geometry that fits these best, whatever the cameras say."""
+    (view_a, (keys_a, of_a)), (view_b, (keys_b, of_b)) = a, b
+    if of_a is None or of_b is None or len(of_b) < 2:
+        return None
+    matches = [m for m, n in cv2.BFMatcher().knnMatch(of_a, of_b, k=2) if m.distance < MATCH_RATIO * n.distance]
+    if len(matches) < MIN_MATCHES:
+        return None
+    pixels_a = np.array([keys_a[m.queryIdx].pt for m in matches])
+    pixels_b = np.array([keys_b[m.trainIdx].pt for m in matches])
+    _, clean = cv2.findFundamentalMat(pixels_a, pixels_b, cv2.FM_RANSAC, CLEAN, 0.999)
+    clean = np.zeros(len(matches), bool) if clean is None else clean[:, 0] > 0
+    return (view_a, view_b, pixels_a[clean], pixels_b[clean]) if clean.sum() >= MIN_MATCHES else None
 
 
 Change = Callable[[View], tuple[np.ndarray, np.ndarray]]  # a view -> extrinsics and intrinsics under a hypothesis
@@ -188,9 +213,9 @@ def _epipolar(
     return np.abs((y * lines_b).sum(axis=1)) / np.sqrt(np.maximum(size, 1e-30))
 
 
-def _depth_ratio(pairs: list[Pair]) -> float | None:
-    """The median of stored depths over triangulated ones; None if too few matches have both."""
-    ratios = [np.empty(0)]
+def _compared_depths(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """Stored depths over triangulated ones [n], and how much longer their pixels' rays are than the axis [n]."""
+    ratios, lengths = [np.empty(0)], [np.empty(0)]
     for a, b, x, y in pairs:
         if a.depth is None:
             continue
@@ -208,5 +233,30 @@ def _depth_ratio(pairs: list[Pair]) -> float | None:
         depth = a.depth[np.minimum(rows, a.depth.shape[0] - 1), np.minimum(columns, a.depth.shape[1] - 1)]
         good = inside & (z > 0) & (depth > 0) & (cosine < np.cos(np.radians(MIN_PARALLAX)))
         ratios.append(depth[good] / z[good])
-    all_ratios = np.concatenate(ratios)
-    return float(np.median(all_ratios)) if len(all_ratios) >= MIN_DEPTHS else None
+        lengths.append(np.linalg.norm(rays[0][:, good], axis=0) / z[good])
+    return np.concatenate(ratios), np.concatenate(lengths)
+
+
+def _wrong_depth(ratio: float, ratios: np.ndarray, lengths: np.ndarray) -> str | None:
+    """What is wrong with depths that are `ratio` times the triangulated ones in the middle; None: nothing is."""
+    steepness, error = _steepness(np.log(lengths), np.log(ratios))
+    if steepness - SURE * error > 0.5 and 1 / UNIT_OFF < ratio < UNIT_OFF:
+        return "the depths are along the pixels' rays, not along the axis: they grow toward the corners"
+    if 1 / DEPTH_FITS < ratio < DEPTH_FITS:
+        return None
+    unit = next((words for factor, words in UNITS.items() if 0.5 < ratio / factor < 2), None)
+    return unit or f"depths are {ratio:.3g} times what the cameras say: is the focal length right?"
+
+
+def _steepness(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Of the line through y over x and its standard error, without what lies far from it."""
+    kept = np.abs(y - np.median(y)) < TYPICAL
+    slope, error = 0.0, np.inf
+    for _ in range(TRIMS):
+        if kept.sum() < MIN_DEPTHS or np.ptp(x[kept]) < 1e-3:
+            return 0.0, np.inf
+        (slope, offset), covariance = np.polyfit(x[kept], y[kept], 1, cov=True)
+        error = float(np.sqrt(covariance[0, 0]))
+        residual = np.abs(y - slope * x - offset)
+        kept = residual < 3 * np.median(residual)
+    return float(slope), error

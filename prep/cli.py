@@ -11,9 +11,9 @@ from rich.progress import (
 )
 
 import shards
-from prep.check import check_capture
-from prep.importers.captures import CaptureOptions, Captures
-from prep.importers.layouts import FORMATS
+from prep.check import CaptureCheck, check_capture
+from prep.importers.captures import CaptureOptions, read_captures
+from prep.importers.layouts import FORMATS, capture_folders
 from prep.importers.source import Intrinsics
 from prep.info import print_checks, print_info
 from prep.pack_command import pack_command
@@ -57,19 +57,24 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
 
     Features of the images are matched; they must lie on each other's epipolar lines, and what is triangulated from them
     at the depths. The same is tried with poses inverted, OpenGL axes, transposed rotations, poses one frame off, fx and
-    fy or width and height exchanged, and depths 1000 times too large or small. It cannot tell half a pixel, nor depth
-    along the ray from depth along the axis. Ends with exit code 1 unless all captures fit.
+    fy or width and height exchanged, depths 1000 times too large or small, and depths along the pixels' rays. It cannot
+    tell half a pixel, fx from fy where they are nearly equal, or one frame where a camera moves slowly; nor anything
+    without texture. Ends with exit code 1 unless all captures fit.
 
     \b
     vggt-prep check captures/
     """
     with plain_errors():
-        found = Captures(list(captures), CaptureOptions(format=layout, intrinsics=intrinsics))
+        options = CaptureOptions(format=layout, intrinsics=intrinsics)
+        found = [found for folder in captures for found in capture_folders(folder, layout)]
         checks = []
         with progress_bar("captures") as bar:
-            task = start(bar, "checking", len(found.found))
-            for capture in found.found:
-                checks.append(check_capture(capture))
+            task = start(bar, "checking", len(found))
+            for name, folder in found:
+                try:
+                    checks += [check_capture(capture) for capture in read_captures(name, folder, options)]
+                except ValueError as error:  # the others can be checked
+                    checks.append(CaptureCheck(folder.name, 0, 0.0, None, False, str(error)))
                 bar.advance(task)
     print_checks(checks)
     wrong = [check.name for check in checks if not check.fits]

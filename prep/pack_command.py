@@ -48,6 +48,13 @@ SHOWN = 8  # names of captures
 @click.option("--test", "test_names", multiple=True, help="A capture to test on; can be repeated.")
 @click.option("--test-tail", type=Fraction(min_open=True), help="Test on the last part of each capture.")
 @click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Take one of so many frames.")
+@click.option(
+    "--min-motion",
+    type=(click.FloatRange(0), click.FloatRange(0, 1)),
+    metavar="DEGREES FRACTION",
+    help="Leave out frames that turned less, and moved less of the capture's extent.",
+)
+@click.option("--depth-range", type=(float, float), metavar="NEAR FAR", help="Depths beyond are unknown.")
 @click.option("--trust", is_flag=True, help="Do not measure first whether captures fit; see vggt-prep check.")
 @click.option("--metric/--no-metric", default=None, help="Lengths are meters.  [default: as the layout says]")
 @click.option("--intrinsics", type=PinholeNumbers(), help="fx,fy,cx,cy, where the layout has none.")
@@ -82,8 +89,9 @@ def pack_command(
 ) -> None:
     """Pack captures, or Co3D, into tar shards with an index.
 
-    CAPTURES are folders, each one capture or a folder of them: COLMAP projects, nerfstudio's transforms.json, TUM
-    RGB-D, 7-Scenes, ScanNet exports, VGGT-Omega's scenes, or our own frames.csv (see docs/CAPTURES.md). With four
+    CAPTURES are folders, each one capture or a folder of them: COLMAP projects, nerfstudio's transforms.json, Polycam,
+    Record3D, TUM RGB-D, 7-Scenes, ScanNet exports, ARKitScenes, VGGT-Omega's scenes, MapAnything's WAI, or our own
+    frames.csv (see docs/CAPTURES.md). With four
     captures or more a tenth of them is for testing, with fewer the last fifth of each.
 
     Of Co3D with --annotation-dir the cameras are those of VGGT's annotation files, without it those that come with
@@ -109,7 +117,7 @@ def pack_command(
             of_source["captures"] = [path.absolute() for path in of_source["captures"]]
             of_source["co3d_dir"] = of_source["co3d_dir"] and of_source["co3d_dir"].absolute()
             out = out.absolute()
-        source = pack_source(**of_source)
+        source = pack_source(**of_source, min_frames=least)
         with progress_bar("frames", "{task.fields[made]}") as bar:
             result = pack(
                 source,
@@ -127,11 +135,14 @@ def pack_command(
 def pack_source(
     *,
     captures: tuple[Path, ...],
+    min_frames: int,
     layout: str | None,
     test_fraction: float | None,
     test_names: tuple[str, ...],
     test_tail: float | None,
     every: int,
+    min_motion: tuple[float, float] | None,
+    depth_range: tuple[float, float] | None,
     trust: bool,
     metric: bool | None,
     intrinsics: Intrinsics | None,
@@ -153,7 +164,16 @@ def pack_source(
         split = Split(fraction=test_fraction, names=test_names, tail=test_tail)
         found = Captures(
             list(captures),
-            CaptureOptions(format=layout, every=every, metric=metric, intrinsics=intrinsics, split=split),
+            CaptureOptions(
+                format=layout,
+                every=every,
+                min_motion=min_motion,
+                depth_range=depth_range,
+                metric=metric,
+                intrinsics=intrinsics,
+                min_frames=min_frames,
+                split=split,
+            ),
         )
         for title in found.titles:
             click.echo(title)

@@ -51,9 +51,7 @@ class Target:
                 return values
             places = [(np.arange(n) + 0.5) / f - 0.5 for n, f in zip(self.size, self.factor, strict=True)]
         else:
-            y, x = np.mgrid[: self.size[0], : self.size[1]].reshape(2, -1)
-            full = np.column_stack([(x + 0.5) / self.factor[1] - 0.5, (y + 0.5) / self.factor[0] - 0.5])
-            places = list(self.lens.to_source(full).T[::-1])
+            places = list(self.lens.stored_places(self.size, self.factor)[::-1])
         places = [
             scale * place + offset for place, (scale, offset) in zip(places, self._to_map(shape, own), strict=True)
         ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from prep.importers.source import Frame
 from prep.packing.depths import Target, stored_depth
-from prep.packing.lens import Lens
+from prep.packing.lens import lens_of
 from prep.packing.reading import BadFrameError, read_file, read_rgb
 from shards.codecs import decode_jpeg, encode_depth, encode_jpeg, jpeg_size
 from shards.geometry import scale_intrinsics
@@ -58,7 +58,7 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     if np.abs(extrinsics[:, 3]).max() > MAX_SOURCE_TRANSLATION:
         raise BadFrameError("camera is too far from the origin", f"{extrinsics[:, 3]}")
     extrinsics = orthonormalized(extrinsics)
-    lens = None if distortion is None else Lens(intrinsics, distortion, *source)
+    lens = None if distortion is None else lens_of(intrinsics, distortion, *source)
     if lens is not None:
         image, intrinsics = lens.image(image), lens.intrinsics
         check_camera(extrinsics, intrinsics, *source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property, lru_cache
+
 import cv2
 import numpy as np
 
@@ -22,6 +24,7 @@ class Lens:
     def __init__(self, intrinsics: np.ndarray, distortion: Distortion, height: int, width: int) -> None:
         self.source, self.distortion, self.size = intrinsics, distortion, (height, width)
         self._coefficients = np.array(distortion.coefficients, np.float64)
+        self._stored: tuple[object, np.ndarray] | None = None  # the last of stored_places, and for what
         center = np.array([(width - 1) / 2, (height - 1) / 2])
         sides = np.linspace(-0.5, 0.5, BORDER_STEPS)
         half = np.array([width, height]) / 2
@@ -63,9 +66,32 @@ class Lens:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The pinhole image [H, W, 3] of a distorted one."""
-        height, width = self.size
-        y, x = np.mgrid[:height, :width]
-        places = self.to_source(np.column_stack([x.reshape(-1), y.reshape(-1)])).astype(np.float32)
-        places = places.reshape(height, width, 2)
-        x, y = np.moveaxis(places, -1, 0)
-        return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.remap(image, *self._maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+    @cached_property
+    def _maps(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each pixel of the pinhole image x and y in the distorted one, float32."""
+        make = cv2.fisheye.initUndistortRectifyMap if self.distortion.fisheye else cv2.initUndistortRectifyMap
+        x, y = make(self.source, self._coefficients, np.eye(3), self.intrinsics, self.size[::-1], cv2.CV_32FC1)
+        return x, y
+
+    def stored_places(self, size: tuple[int, ...], factor: tuple[float, ...]) -> np.ndarray:
+        """x and y in the distorted image, [2, n], of the pixels of the pinhole image at another size, row by row.
+
+        factor: of an edge's place there, (y, x).
+        """
+        if self._stored is None or self._stored[0] != (size, factor):
+            y, x = np.mgrid[: size[0], : size[1]].reshape(2, -1)
+            full = np.column_stack([(x + 0.5) / factor[1] - 0.5, (y + 0.5) / factor[0] - 0.5])
+            self._stored = (size, factor), self.to_source(full).T
+        return self._stored[1]
+
+
+@lru_cache(maxsize=1)  # frames of a capture mostly have one camera; maps are as large as images
+def _lens(intrinsics: bytes, distortion: Distortion, height: int, width: int) -> Lens:
+    return Lens(np.frombuffer(intrinsics).reshape(3, 3), distortion, height, width)
+
+
+def lens_of(intrinsics: np.ndarray, distortion: Distortion, height: int, width: int) -> Lens:
+    """The lens of a camera, made once for frames that share it."""
+    return _lens(intrinsics.astype(np.float64).tobytes(), distortion, height, width)

@@ -12,7 +12,7 @@ import pycolmap
 import pytest
 from conftest import vggt_prep
 from golden_figures import SHARED
-from layout_writers import WRITERS, rendered, write_image
+from layout_writers import WRITERS, rendered, write_depth, write_image
 from scipy.spatial.transform import Rotation
 
 import shards
@@ -218,14 +218,90 @@ def test_coarse_depth_supervises_a_pixel_a_sample_and_is_not_spread(views, tmp_p
 
 
 def test_frames_without_an_image_or_a_pose_are_counted(views, tmp_path):
+    """Poses that were lost are no sign of a damaged download: they do not count against --max-bad."""
     WRITERS["scannet"](tmp_path / "capture", views)
-    (tmp_path / "capture" / "pose" / "2.txt").write_text("-inf " * 16)
-    (tmp_path / "capture" / "color" / "5.jpg").unlink()
-    options = ("--test-tail", 0.5, "--min-frames", 1, "--max-bad", 0.5)
+    for lost in (2, 3):
+        (tmp_path / "capture" / "pose" / f"{lost}.txt").write_text("-inf " * 16)
+    options = ("--test-tail", 0.5, "--min-frames", 1, "--trust")
     done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", *options)
     assert done.returncode == 0, done.stderr
-    assert "1 frame left out: pose is not finite" in done.stdout
+    assert "6 frames; 2 left out: 2 x pose is not finite (color/2.jpg)" in " ".join(done.stdout.split())
+    (tmp_path / "capture" / "color" / "5.jpg").unlink()
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "other", *options, "--max-bad", 0.5)
+    assert done.returncode == 0, done.stderr
     assert "1 frame left out: image is missing" in done.stdout
+
+
+def test_depth_of_a_camera_of_its_own_is_put_where_the_image_sees_it(views, tmp_path):
+    """ScanNet's: other intrinsics and size than the color camera's, in the same place."""
+    WRITERS["scannet"](tmp_path / "capture", views)
+    k = views[0].intrinsics
+    own = np.array([[0.8 * k[0, 0], 0, k[0, 2] - 30.25], [0, 0.8 * k[1, 1], k[1, 2] - 20.5], [0, 0, 1]])
+    full = np.eye(4)
+    full[:3, :3] = own
+    np.savetxt(tmp_path / "capture" / "intrinsic" / "intrinsic_depth.txt", full)
+    for i, view in enumerate(views):
+        h, w = view.depth.shape
+        y, x = np.mgrid[: int(0.7 * h), : int(0.7 * w)]
+        u = (x - own[0, 2]) / 0.8 + k[0, 2]
+        v = (y - own[1, 2]) / 0.8 + k[1, 2]
+        rows, columns = (np.rint(places).astype(int).clip(0, n - 1) for places, n in ((v, h), (u, w)))
+        seen = (u >= -0.5) & (u <= w - 0.5) & (v >= -0.5) & (v <= h - 0.5)
+        write_depth(tmp_path / "capture" / "depth" / f"{i}.png", np.where(seen, view.depth[rows, columns], 0), 1e-3)
+    for short_side, least in ((0, 0.3), (100, 0.5)):  # scattered; picked
+        options = ("--short-side", short_side, "--trust")
+        opened = pack(tmp_path / "capture", tmp_path / f"set{short_side}", *options)
+        for number, view in zip(in_order(opened), views, strict=True):
+            found = depth_of(opened, number)
+            factor = np.array(view.depth.shape) / found.shape
+            rows, columns = np.nonzero(found)
+            y, x = (rows + 0.5) * factor[0] - 0.5, (columns + 0.5) * factor[1] - 0.5
+            near = [
+                view.depth[np.rint(y + dy).astype(int).clip(0, view.depth.shape[0] - 1),
+                           np.rint(x + dx).astype(int).clip(0, view.depth.shape[1] - 1)]
+                for dx in (-1, 0, 1) for dy in (-1, 0, 1)
+            ]  # fmt: skip
+            least_near, most_near = np.min(near, axis=0) * 0.998, np.max(near, axis=0) * 1.002
+            assert ((found[rows, columns] > least_near) & (found[rows, columns] < most_near)).mean() > 0.995
+            assert least < len(rows) / found.size < 0.75
+
+
+def test_frames_of_a_slow_camera_are_left_out_and_depths_beyond_a_range_are_unknown(views, tmp_path):
+    slow = [view for view in views for _ in range(3)]
+    WRITERS["frames"](tmp_path / "capture", slow)
+    options = ("--min-motion", 1, 0.02, "--depth-range", 1.0, 2.5, "--trust")
+    opened = pack(tmp_path / "capture", tmp_path / "set", *options)
+    assert [name.decode() for name in np.sort(opened.frames["name"])] == [f"i-{3 * i:03d}" for i in range(len(views))]
+    for number, view in zip(in_order(opened), views, strict=True):
+        assert ((depth_of(opened, number) > 0) == ((view.depth >= 1.0) & (view.depth <= 2.5))).mean() > 0.999
+    turned = json.loads((tmp_path / "set" / "dataset.json").read_text())["source"]
+    assert turned["min_motion"] == [1, 0.02]
+    assert turned["depth_range"] == [1.0, 2.5]
+
+
+def test_heic_images_are_read_and_damaged_ones_named(views, tmp_path):
+    import pillow_heif
+
+    WRITERS["frames"](tmp_path / "capture", views)
+    table = tmp_path / "capture" / "frames.csv"
+    table.write_text(table.read_text().replace(".jpg", ".heic"))
+    for i, view in enumerate(views):
+        path = tmp_path / "capture" / "i" / f"{i:03d}.heic"
+        h, w = view.depth.shape
+        pillow_heif.from_bytes("RGB", (w, h), np.ascontiguousarray(view.image).tobytes()).save(path, quality=95)
+    opened = pack(tmp_path / "capture", tmp_path / "set")
+    for number, view in zip(in_order(opened), views, strict=True):
+        assert np.abs(decode_jpeg(opened.read(number)[0])[0].astype(float) - view.image).mean() < 4
+    path.write_bytes(path.read_bytes()[:600])
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "b", "--max-bad", 0.5, "--min-frames", 1)
+    assert "1 frame left out: image is damaged" in done.stdout, done.stderr
+
+
+def test_a_short_capture_is_tested_on_as_many_frames_as_a_sequence_needs(views, tmp_path):
+    WRITERS["frames"](tmp_path / "capture", views * 2)
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", "--trust")
+    assert done.returncode == 0, done.stderr
+    assert sorted(shards.open(tmp_path / "set").sequences["count"]) == [5, 11]  # a fifth would be 3
 
 
 def test_splits_are_by_capture_or_by_the_end_of_each(views, tmp_path):
@@ -266,7 +342,7 @@ def test_a_capture_without_a_usable_frame_and_two_frames_of_one_name_are_errors(
         path.write_text("-inf " * 16)
     done = vggt_prep("pack", tmp_path / "lost", "--out", tmp_path / "set")
     assert done.returncode == 1
-    assert "lost: has no usable frame (8 x pose is not finite)" in " ".join(done.stderr.split())
+    assert "lost: has no usable frame: 8 x pose is not finite (color/0.jpg)" in " ".join(done.stderr.split())
     WRITERS["frames"](tmp_path / "twice", views)
     lines = (tmp_path / "twice" / "frames.csv").read_text().splitlines()
     (tmp_path / "twice" / "frames.csv").write_text("\n".join([*lines, lines[1]]))
@@ -283,17 +359,15 @@ def test_a_capture_without_a_usable_frame_and_two_frames_of_one_name_are_errors(
         (["two"], "two: may be nerfstudio or tum: say which with --format"),
         (["two", "--format", "nerfstudio"], "expected a list `frames` that is not empty"),
         (["two", "--format", "tum"], "TUM's layout does not say the camera: give --intrinsics fx,fy,cx,cy"),
-        (["polycam"], "It looks like a Polycam export"),
         (["two", "--category", "x"], "are for --co3d-dir"),
         ([], "give either folders of captures, or --co3d-dir"),
         (["seven", "--test", "x"], "--test x: no such capture; there are seven"),
     ],
 )
 def test_what_cannot_be_packed_is_said(views, tmp_path, arguments, words):
-    for name in ("empty", "two", "polycam/keyframes/cameras"):
+    for name in ("empty", "two"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "two" / "transforms.json").write_text("{}")
-    (tmp_path / "polycam" / "keyframes" / "cameras" / "1.json").write_text("{}")
     for name in ("rgb.txt", "groundtruth.txt"):
         (tmp_path / "two" / name).write_text("")
     WRITERS["sevenscenes"](tmp_path / "seven", views[:1])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planes import plane_depth, stripes
 
-from prep.importers.co3d import stereo_depth
 from prep.importers.cameras import OpenCVCamera
+from prep.importers.co3d import stereo_depth
 from prep.importers.source import Frame
 from prep.packing.frames import FrameOptions, pack_frame
 from prep.packing.reading import BadFrameError

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 from conftest import vggt_prep
-from layout_writers import WRITERS, rendered
+from layout_writers import ALL, WRITERS, rendered
 
+from prep.importers.captures import CaptureOptions, Captures
 from prep.importers.layouts import FORMATS, UNREAD, capture_folders, layout_hint
 
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_each_layout_is_known_by_its_files_alone_or_one_of_many(tmp_path, inside):
     views = rendered(frames=1)
-    for name, write in WRITERS.items():
+    for name, write in ALL.items():
         folder = tmp_path / name
         write(folder / "capture 1" if inside else folder, views)
         assert [found for found, _ in capture_folders(folder, None)] == [name]
         assert f"It looks like {FORMATS[name].TITLE}: pack it with vggt-prep pack {folder}" in layout_hint(folder)
 
 
-@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("patterns", UNREAD)
 @pytest.mark.parametrize("inside", [False, True])
-def test_layouts_that_cannot_be_read_are_known_by_name(tmp_path, name, inside):
-    pattern = UNREAD[name][0]
-    file = tmp_path / ("capture 1" if inside else "") / pattern.replace("*", "0")
+def test_what_cannot_be_read_is_known_by_its_files_and_what_to_do_is_said(tmp_path, patterns, inside):
+    file = tmp_path / ("capture 1" if inside else "") / patterns[0].replace("*", "0")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("")
-    assert f"It looks like {name}, which cannot be read yet" in layout_hint(tmp_path)
-    with pytest.raises(ValueError, match=f"It looks like {name}"):
-        capture_folders(tmp_path, None)
+    assert UNREAD[patterns] in layout_hint(tmp_path)
+    for given in (tmp_path, file):
+        with pytest.raises(ValueError, match=re.escape(UNREAD[patterns])):
+            capture_folders(given, None)
+
+
+def test_captures_are_found_three_folders_deep_and_told_apart_by_the_folder_above(tmp_path):
+    views = rendered(frames=2)
+    for room in ("chess", "office"):
+        WRITERS["sevenscenes"](tmp_path / "rooms" / room / "seq-01", views)
+    WRITERS["frames"](tmp_path / "rooms" / "alone", views)
+    (tmp_path / "rooms" / ".cache").mkdir()
+    found = Captures([tmp_path / "rooms"], CaptureOptions()).found
+    assert [capture.name for capture in found] == ["alone", "chess-seq-01", "office-seq-01"]
+    WRITERS["frames"](tmp_path / "other" / "alone", views)
+    WRITERS["frames"](tmp_path / "again" / "other" / "alone", views)
+    with pytest.raises(ValueError, match="would both be called other-alone"):
+        Captures([tmp_path / "other", tmp_path / "again"], CaptureOptions())
 
 
 def test_nothing_is_made_up(captures, tmp_path):

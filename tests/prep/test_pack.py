@@ -16,8 +16,8 @@ import pytest
 from conftest import BIN, run_command, vggt_prep
 
 import shards
-from prep.importers.co3d import Co3D
 from prep.importers.cameras import OpenCVCamera
+from prep.importers.co3d import Co3D
 from prep.importers.source import Frame, Sequence
 from prep.packing.executors import process_pool
 from prep.packing.pack import pack

@@ -10,8 +10,8 @@ import pytest
 from planes import plane_depth, stripes
 
 import shards
-from prep.importers.co3d import stereo_depth
 from prep.importers.cameras import OpenCVCamera
+from prep.importers.co3d import stereo_depth
 from prep.importers.source import Frame
 from prep.packing.frames import FrameOptions, pack_frame
 from shards.build_index import rebuild_index
