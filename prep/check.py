@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from prep.importers.source import Capture, Frame
-from prep.packing.frames import FrameOptions, pack_frame, turned_camera
+from prep.packing.frames import FrameOptions, pack_frame
 from prep.packing.reading import BadFrameError
 from shards.codecs import decode_depth, decode_jpeg
 
@@ -66,7 +66,7 @@ def check_capture(capture: Capture) -> CaptureCheck:
         words = f"only {len(pairs)} pairs of views have enough matches to tell"
         if reasons:
             words += f"; {reasons.total()} frames could not be used: {reasons.most_common(1)[0][0]}"
-        return CaptureCheck(capture.name, len(pairs), 0.0, None, None, words)
+        return CaptureCheck(capture.name, len(pairs), 0.0, None, None if pairs or not reasons else False, words)
     scores = {name: _score(pairs, change) for name, change in HYPOTHESES.items()}
     given = scores.pop(GIVEN)
     best = max(scores, key=lambda name: scores[name])
@@ -120,10 +120,11 @@ def _matched_pairs(frames: list[Frame]) -> tuple[list[Pair], Counter[str]]:
 
 def _view(frames: list[Frame], number: int) -> View:
     """Raises BadFrameError."""
-    packed = pack_frame(frames[number], FrameOptions(short_side=SHORT_SIDE))
+    # As it is in its file: what is wrong with the poses may also have turned it.
+    packed = pack_frame(replace(frames[number], quarter_turns=0), FrameOptions(short_side=SHORT_SIDE))
     size = packed.meta.height, packed.meta.width
     around = [frames[max(0, number - 1)], frames[min(len(frames) - 1, number + 1)]]
-    before, after = (_stored_pose(frame, *size) for frame in around)
+    before, after = (frame.camera.opencv(*size)[0] for frame in around)
     image, _ = decode_jpeg(packed.jpeg)
     depth = None if packed.depth is None else decode_depth(packed.depth, *size).astype(float)
     return View(
@@ -134,13 +135,6 @@ def _view(frames: list[Frame], number: int) -> View:
         before=before,
         after=after,
     )
-
-
-def _stored_pose(frame: Frame, height: int, width: int) -> np.ndarray:
-    extrinsics, intrinsics = frame.camera.opencv(height, width)
-    for _ in range(frame.quarter_turns):
-        extrinsics, intrinsics = turned_camera(extrinsics, intrinsics, width)
-    return extrinsics
 
 
 def _matched(a: tuple[View, Any], b: tuple[View, Any]) -> Pair | None:

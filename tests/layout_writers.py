@@ -145,8 +145,12 @@ def on_its_side(view):
 
 
 def write_arkitscenes(folder, views):
+    write_arkitscenes_as_stored(folder, [on_its_side(view) for view in views])
+
+
+def write_arkitscenes_as_stored(folder, views):
     lines = []
-    for i, view in enumerate(map(on_its_side, views)):
+    for i, view in enumerate(views):
         time = 41.25 + i / 10
         name = f"42_{time:.3f}"
         write_image(folder / "lowres_wide" / f"{name}.png", view.image)

@@ -23,6 +23,7 @@ MAX_TRANSLATION = 1e10  # beyond it double precision leaves too little
 MAX_SOURCE_TRANSLATION = MAX_TRANSLATION / 10  # the origin is moved before cameras are stored
 SKEW_TOLERANCE = 1e-6  # of the focal length
 MAX_OFF_CENTER = 0.375  # of a side: crops for training are centered on the principal point, and would be tiny
+NEAR_CENTER = 0.1  # of a side
 JPEG_START = b"\xff\xd8"
 
 
@@ -151,4 +152,6 @@ def check_camera(extrinsics: np.ndarray, k: np.ndarray, height: int, width: int)
         raise BadFrameError("fx and fy are too different", f"{k[0, 0]} and {k[1, 1]}")
     places = (k[:2, 2] + 0.5) / (width, height)
     if np.abs(places - 0.5).max() > MAX_OFF_CENTER:
-        raise BadFrameError("principal point is far from the center", f"at {places} of the sides")
+        exchanged = (k[1::-1, 2] + 0.5) / (width, height)
+        advice = ": are width and height exchanged?" if np.abs(exchanged - 0.5).max() < NEAR_CENTER else ""
+        raise BadFrameError(f"principal point is far from the center{advice}", f"at {places} of the sides")
