@@ -54,3 +54,21 @@ def crop_depth(depth: np.ndarray, center: tuple[float, float], scale: float, sha
     columns = nearest((np.arange(shape.width) - (shape.width - 1) / 2) / scale + center[0], depth.shape[1])
     rows = nearest((np.arange(shape.height) - (shape.height - 1) / 2) / scale + center[1], depth.shape[0])
     return depth[rows][:, columns]
+
+
+def crop_points(depth: np.ndarray, center: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
+    """The same crop of a depth map of single points, each in one pixel: picking would lose most of them. [H, W].
+
+    Where several meet, the nearest is kept: it may hide the others.
+    """
+    rows, columns = np.nonzero(depth)
+    values = depth[rows, columns]
+    y, x = (
+        np.rint((places - c) * scale + (n - 1) / 2).astype(np.intp)
+        for places, c, n in ((rows, center[1], shape.height), (columns, center[0], shape.width))
+    )
+    inside = (y >= 0) & (x >= 0) & (y < shape.height) & (x < shape.width)
+    found = np.zeros((shape.height, shape.width), depth.dtype)
+    farthest_first = np.argsort(values[inside])[::-1]
+    found[y[inside][farthest_first], x[inside][farthest_first]] = values[inside][farthest_first]
+    return found

@@ -21,7 +21,7 @@ from shards.codecs import decode_jpeg
 from shards.schema import row_crc
 from train.config import load_config
 from train.data.batches import TrainingSteps
-from train.data.crops import crop_depth, crop_image, crop_scale
+from train.data.crops import crop_depth, crop_image, crop_points, crop_scale
 from train.data.loader import NoDataError, stream
 from train.data.plan import DataConfig, DataState, Scene, ShardSource, Step, StepShape, TrainingPlan, validation_plan
 from train.data.scenes import _CROP, _JITTER, load_step
@@ -84,6 +84,27 @@ def plane(k, height, width):
     """Depth of the plane 0.3 x - 0.2 y + 0.93 z = 1 seen through k: [H, W]."""
     y, x = np.mgrid[:height, :width]
     return 1 / (0.3 * (x - k[0, 2]) / k[0, 0] - 0.2 * (y - k[1, 2]) / k[1, 1] + 0.93)
+
+
+@pytest.mark.parametrize("width", [28, 224, 1120])
+def test_each_point_of_sparse_depth_in_a_crop_is_in_one_pixel_of_it(width):
+    """Unless a nearer one is in the same: also where the crop is much smaller, or larger, than the image."""
+    rng = np.random.default_rng(width)
+    depth = np.zeros((480, 640), np.float16)
+    rows, columns = rng.integers(0, 480, 300), rng.integers(0, 640, 300)
+    depth[rows, columns] = rng.uniform(1, 5, 300)
+    shape = StepShape(2, width // 2 // 14 * 14, width)
+    center, scale = (322.3, 238.6), width / 600
+    expected = {}
+    for y, x in zip(*np.nonzero(depth), strict=True):
+        place = tuple(
+            round((v - c) * scale + (n - 1) / 2)
+            for v, c, n in ((y, center[1], shape.height), (x, center[0], shape.width))
+        )
+        if 0 <= place[0] < shape.height and 0 <= place[1] < shape.width:
+            expected[place] = min(expected.get(place, np.inf), depth[y, x])
+    found = crop_points(depth, center, scale, shape)
+    assert {(int(y), int(x)): found[y, x] for y, x in zip(*np.nonzero(found), strict=True)} == expected
 
 
 @pytest.mark.parametrize("size", [(648, 864), (864, 648), (240, 320)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_figures import GOLDEN, load_json, load_tensors
 
-from train.objective.losses import LossConfig, filtered_mean, losses, normalizer_of
+from train.objective.losses import LossConfig, filtered_mean, gradient_term, losses, normalizer_of
 from vggt.geometry import encode_pose
 
 SETTINGS = {
@@ -110,6 +110,35 @@ def test_a_batch_without_any_depth_gives_finite_losses(figures):
     assert terms["loss_reg_depth"] == 0
     assert terms["loss_T"] == 0
     assert all(leaf.grad.isfinite().all() for leaf in leaves.values())
+
+
+def test_a_scene_with_few_points_weighs_as_its_points_do(figures):
+    """As where all pixels of a batch are averaged (DUSt3R, VGGT): 500 points do not outweigh a full depth map."""
+    batch, config = make_batch(figures), SETTINGS["no_quantile"]
+    batch["mask"] = torch.ones_like(batch["mask"])
+    few = torch.zeros_like(batch["mask"][0]).flatten()
+    few[torch.randperm(len(few), generator=torch.Generator().manual_seed(0))[:500]] = True
+    batch["mask"][0] = few.view_as(batch["mask"][0])
+    leaves, predictions = make_predictions(figures)
+    terms = losses(predictions, batch, normalizer_of(batch, config), config)
+    torch.autograd.backward(terms["loss_reg_depth"] + terms["loss_reg_point"])
+    for name in ("depth", "pred_world_points"):
+        pulls = leaves[name].grad.norm(dim=-1).flatten(1)
+        assert (pulls > 0).sum(1).tolist() == batch["mask"].flatten(1).sum(1).tolist()
+        assert pulls.max() == pytest.approx(pulls[pulls > 0].min().item(), rel=1e-4)  # each known pixel as much
+
+
+def test_terms_of_neighbors_count_pairs_that_exist_only(figures):
+    """Points of which no two are neighbors have no such term, however wrong they are."""
+    batch, config = make_batch(figures), LossConfig(point=1.0)
+    apart = torch.zeros_like(batch["mask"])
+    apart[..., ::3, ::3] = True  # at no scale of the terms are two of them neighbors but at the third
+    batch["mask"] = batch["mask"] & apart
+    _leaves, predictions = make_predictions(figures)
+    counted = gradient_term(predictions["depth"] - batch["depth"][..., None], batch["mask"], [torch.tensor(1.0)], None)
+    assert counted == 0
+    terms = losses(predictions, batch, normalizer_of(batch, config), config)
+    assert all(value.isfinite() for value in terms.values())
 
 
 def test_true_cameras_have_no_camera_loss(figures):
