@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +20,18 @@ Mask = tuple[Path, int]  # a file, and the number above which depth counts
 HALF_RANGE = (2.0**-14, 65504.0)  # of half floats with full precision
 MAX_ASPECT = 1.02  # of a depth map over its image
 KEPT_SCALES = (1e-2, 1e3)  # of median depths that are stored as they are
+
+
+Affine = list[tuple[float, float]]  # factor and offset of rows, and of columns
+
+
+def _pixels(
+    places: Iterable[np.ndarray], to_map: Affine, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The rows and columns of a map of this shape nearest to places in the source, and whether they lie in it."""
+    moved = [scale * place + offset for place, (scale, offset) in zip(places, to_map, strict=True)]
+    rows, columns = (nearest(place, n) for place, n in zip(moved, shape, strict=True))
+    return rows, columns, [(place >= -0.5) & (place <= n - 0.5) for place, n in zip(moved, shape, strict=True)]
 
 
 class Target:
@@ -50,19 +63,25 @@ class Target:
             if shape == self.size and own is None:
                 return values
             places = [(np.arange(n) + 0.5) / f - 0.5 for n, f in zip(self.size, self.factor, strict=True)]
+            rows, columns, inside = _pixels(places, self._to_map(shape, own), shape)
+            rows, inside = rows[:, None], inside[0][:, None] & inside[1]
         else:
-            places = list(self.lens.stored_places(self.size, self.factor)[::-1])
-        places = [
-            scale * place + offset for place, (scale, offset) in zip(places, self._to_map(shape, own), strict=True)
-        ]
-        rows, columns = (nearest(place, n) for place, n in zip(places, shape, strict=True))
-        if self.lens is None:
-            rows, places[0] = rows[:, None], places[0][:, None]
+            rows, columns, inside = self.lens.once(
+                (self.size, self.factor, shape, None if own is None else own.tobytes()),
+                lambda: self._through_lens(self._to_map(shape, own), shape),
+            )
         picked = values[rows, columns]
         if own is not None:
-            inside = [(place >= -0.5) & (place <= n - 0.5) for place, n in zip(places, shape, strict=True)]
-            picked = np.where(inside[0] & inside[1], picked, values.dtype.type(0))
+            picked = np.where(inside, picked, values.dtype.type(0))
         return picked.reshape(self.size)
+
+    def _through_lens(self, to_map: Affine, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As _pixels, for each pixel of the stored image."""
+        assert self.lens is not None
+        y, x = np.mgrid[: self.size[0], : self.size[1]].reshape(2, -1)
+        full = np.column_stack([(x + 0.5) / self.factor[1] - 0.5, (y + 0.5) / self.factor[0] - 0.5])
+        rows, columns, inside = _pixels(self.lens.to_source(full).T[::-1], to_map, shape)
+        return rows, columns, inside[0] & inside[1]
 
     def scatter(self, depth: np.ndarray, own: np.ndarray | None) -> np.ndarray:
         """Each sample of a depth map [h, w] that is coarser than the stored image in one pixel: none is spread."""
@@ -73,7 +92,7 @@ class Target:
             pixels = self.lens.from_source(pixels)
         return self.place((pixels + 0.5) * self.factor[::-1] - 0.5, depth[rows, columns])
 
-    def _to_map(self, shape: tuple[int, ...], own: np.ndarray | None) -> list[tuple[float, float]]:
+    def _to_map(self, shape: tuple[int, ...], own: np.ndarray | None) -> Affine:
         """Factor and offset of the rows, and of the columns, of source pixels in a map of this shape."""
         if own is None:
             return [(n / m, (n / m - 1) / 2) for n, m in zip(shape, self.source, strict=True)]
@@ -136,25 +155,30 @@ def _placed(depth: DepthFile, target: Target) -> np.ndarray:
     aspects = [shape[1] / shape[0] for shape in (values.shape, target.source)]
     if depth.intrinsics is None and not 1 / MAX_ASPECT < aspects[0] / aspects[1] < MAX_ASPECT:
         raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
-    is_fine = values.shape[0] >= target.size[0]
-    values = target.pick(values, depth.intrinsics) if is_fine else target.scatter(values, depth.intrinsics)
-    return values.astype(np.float32) * np.float32(depth.unit)
+    if values.shape[0] >= target.size[0]:
+        values = _known(target.pick(values, depth.intrinsics), depth.nothing)
+    else:
+        values = target.scatter(_known(values, depth.nothing), depth.intrinsics)
+    return values * np.float32(depth.unit)
+
+
+def _known(values: np.ndarray, nothing: float | None) -> np.ndarray:
+    """float32, 0 where unknown."""
+    known = np.isfinite(values) & (values > 0)
+    if nothing is not None:
+        known &= values != nothing
+    return np.where(known, values, 0).astype(np.float32)
 
 
 def _read_depth(depth: DepthFile, image_size: tuple[int, int]) -> np.ndarray:
-    """The numbers of a depth file as float32 [h, w], 0 where unknown. Raises BadFrameError."""
+    """The numbers of a depth file [h, w]. Raises BadFrameError."""
     if depth.encoding == "uint16":
-        values = read_png(depth.path, "depth", np.uint16).astype(np.float32)
-    elif depth.encoding == "colmap":
-        values = _read_colmap(depth.path)
-    elif depth.encoding == "record3d":
-        values = _read_record3d(depth.path, image_size)
-    else:
-        values = _read_float(depth.path)
-    valid = np.isfinite(values) & (values > 0)
-    if depth.nothing is not None:
-        valid &= values != depth.nothing
-    return np.where(valid, values, np.float32(0))
+        return read_png(depth.path, "depth", np.uint16)
+    if depth.encoding == "colmap":
+        return _read_colmap(depth.path)
+    if depth.encoding == "record3d":
+        return _read_record3d(depth.path, image_size)
+    return _read_float(depth.path)
 
 
 def _read_float(path: Path) -> np.ndarray:

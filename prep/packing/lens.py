@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 
 from prep.importers.source import Distortion
 
+T = TypeVar("T")
 WIDEST = 60.0  # degrees from the axis: beyond that a pinhole image of a fisheye would be mostly margin
 BORDER_STEPS = 50
 PRECISE = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 100, 1e-10)
@@ -24,7 +27,7 @@ class Lens:
     def __init__(self, intrinsics: np.ndarray, distortion: Distortion, height: int, width: int) -> None:
         self.source, self.distortion, self.size = intrinsics, distortion, (height, width)
         self._coefficients = np.array(distortion.coefficients, np.float64)
-        self._stored: tuple[object, np.ndarray] | None = None  # the last of stored_places, and for what
+        self._kept: tuple[Hashable, Any] | None = None
         center = np.array([(width - 1) / 2, (height - 1) / 2])
         sides = np.linspace(-0.5, 0.5, BORDER_STEPS)
         half = np.array([width, height]) / 2
@@ -75,16 +78,11 @@ class Lens:
         x, y = make(self.source, self._coefficients, np.eye(3), self.intrinsics, self.size[::-1], cv2.CV_32FC1)
         return x, y
 
-    def stored_places(self, size: tuple[int, ...], factor: tuple[float, ...]) -> np.ndarray:
-        """x and y in the distorted image, [2, n], of the pixels of the pinhole image at another size, row by row.
-
-        factor: of an edge's place there, (y, x).
-        """
-        if self._stored is None or self._stored[0] != (size, factor):
-            y, x = np.mgrid[: size[0], : size[1]].reshape(2, -1)
-            full = np.column_stack([(x + 0.5) / factor[1] - 0.5, (y + 0.5) / factor[0] - 0.5])
-            self._stored = (size, factor), self.to_source(full).T
-        return self._stored[1]
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made again only for another key: frames of a capture mostly need the same."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, make()
+        return self._kept[1]
 
 
 @lru_cache(maxsize=1)  # frames of a capture mostly have one camera; maps are as large as images

@@ -534,7 +534,8 @@ def test_open_files_and_memory_stay_flat_over_ten_thousand_scenes(split, workers
     assert len(measured) == 1 + workers
     for rows in measured.values():
         assert len(rows) == 10
-        assert rows[-2][0] <= rows[1][0] + workers  # a batch on its way is a file
+        files = [count for count, _ in rows]
+        assert min(files[5:]) <= max(files[:5])  # batches on their way are files, now more, now fewer
         assert rows[-2][1] - rows[1][1] < 6e6
 
 
