@@ -30,6 +30,8 @@ MIN_PARALLAX = 1.0  # degrees, of a match that is triangulated
 DEPTH_FITS = 1.15  # factor within which depths and triangulated ones are the same
 UNITS = {1000.0: "depths are 1000 times too large (millimeters?)", 1e-3: "depths are 1000 times too small (meters?)"}
 MIN_DEPTHS = 30
+NOISE, LIKE_CHANCE = 0.05, 0.5  # spread of depths that fit; over that by chance, from where on they are no better
+BEHIND = 0.3  # fraction of points in front of both cameras, below which the cameras look the other way
 SURE = 2.0  # standard errors
 UNIT_OFF = 10.0  # factor beyond which depths are in another unit, whatever they are along
 TYPICAL, TRIMS = 0.3, 5  # logarithm of a ratio of depths that belongs to the rest at first; rounds of a fit
@@ -61,24 +63,24 @@ class CaptureCheck:
 
 def check_capture(capture: Capture) -> CaptureCheck:
     """Raises nothing for a bad capture: its check says so."""
-    pairs, reasons = _matched_pairs(capture.frames)
+    pairs, usable, reasons = _matched_pairs(capture.frames)
     if len(pairs) < MIN_PAIRS:
         words = f"only {len(pairs)} pairs of views have enough matches to tell"
         if reasons:
             words += f"; {reasons.total()} frames could not be used: {reasons.most_common(1)[0][0]}"
-        return CaptureCheck(capture.name, len(pairs), 0.0, None, None if pairs or not reasons else False, words)
+        return CaptureCheck(capture.name, len(pairs), 0.0, None, None if usable else False, words)
     scores = {name: _score(pairs, change) for name, change in HYPOTHESES.items()}
     given = scores.pop(GIVEN)
     best = max(scores, key=lambda name: scores[name])
     depths = _compared_depths(pairs)
-    ratio = float(np.median(depths[0])) if len(depths[0]) >= MIN_DEPTHS else None
+    ratio = float(np.median(depths.ratios)) if len(depths.ratios) >= MIN_DEPTHS else None
     words = None
     if scores[best] > given + BETTER and scores[best] >= FITS:
         words = f"{scores[best]:.0%} would fit if {best}"
     elif given < FITS:
         words = "cameras and images do not fit"
     elif ratio is not None:
-        words = _wrong_depth(ratio, *depths)
+        words = _wrong_depth(ratio, depths)
     if words is not None:
         return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
     words = "cameras and images fit" + (", and so do the depths" if ratio is not None else "; no depth to compare with")
@@ -88,21 +90,24 @@ def check_capture(capture: Capture) -> CaptureCheck:
 Pair = tuple[View, View, np.ndarray, np.ndarray]  # with pixels [n, 2] of the matches in both
 
 
-def _matched_pairs(frames: list[Frame]) -> tuple[list[Pair], Counter[str]]:
-    """Pairs of views with matches, evenly over the capture, and why frames could not be used.
+def _matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
+    """Pairs of views with matches, evenly over the capture; how many frames could be used, and why others could not.
 
     The second of a pair is as far from the first as the next pair, or nearer, until there are matches.
     """
     sift = cv2.SIFT.create(3000)
     reasons: Counter[str] = Counter()
+    usable = 0
 
     @cache
     def seen(number: int) -> tuple[View, Any] | None:
+        nonlocal usable
         try:
             view = _view(frames, number)
         except BadFrameError as error:
             reasons[str(error)] += 1
             return None
+        usable += 1
         return view, sift.detectAndCompute(view.image, None)
 
     pairs = []
@@ -115,7 +120,7 @@ def _matched_pairs(frames: list[Frame]) -> tuple[list[Pair], Counter[str]]:
                 pairs.append(pair)
                 break
             gap //= 2
-    return pairs, reasons
+    return pairs, usable, reasons
 
 
 def _view(frames: list[Frame], number: int) -> View:
@@ -178,6 +183,10 @@ HYPOTHESES: dict[str, Change] = {
         np.column_stack([v.extrinsics[:, :3].T, v.extrinsics[:, 3]]),
         v.intrinsics,
     ),
+    "the translations had the other sign": lambda v: (
+        np.column_stack([v.extrinsics[:, :3], -v.extrinsics[:, 3]]),
+        v.intrinsics,
+    ),
     "each image had the pose of the one before": lambda v: (v.before, v.intrinsics),
     "each image had the pose of the one after": lambda v: (v.after, v.intrinsics),
     "fx and fy were exchanged": lambda v: (v.extrinsics, _exchanged(v.intrinsics, focal=True, center=False)),
@@ -186,8 +195,15 @@ HYPOTHESES: dict[str, Change] = {
 
 
 def _score(pairs: list[Pair], change: Change) -> float:
-    """The mean fraction of a pair's matches that lie near their epipolar lines."""
-    return float(np.mean([(_epipolar(change(a), change(b), x, y) < NEAR).mean() for a, b, x, y in pairs]))
+    """The mean fraction of a pair's matches that lie near their epipolar lines; 0 if what they show lies behind."""
+    found = []
+    for a, b, x, y in pairs:
+        cameras = change(a), change(b)
+        near = _epipolar(*cameras, x, y) < NEAR
+        points = _triangulated(*cameras, x[near], y[near])
+        depths = np.array([pose[2, :3] @ points + pose[2, 3] for pose, _ in cameras])
+        found.append(near.mean() if not near.any() or (depths > 0).all(axis=0).mean() > BEHIND else 0.0)
+    return float(np.mean(found))
 
 
 def _epipolar(
@@ -207,9 +223,27 @@ def _epipolar(
     return np.abs((y * lines_b).sum(axis=1)) / np.sqrt(np.maximum(size, 1e-30))
 
 
-def _compared_depths(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
-    """Stored depths over triangulated ones [n], and how much longer their pixels' rays are than the axis [n]."""
-    ratios, lengths = [np.empty(0)], [np.empty(0)]
+def _triangulated(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Points of the world [3, n] that two cameras see at pixels [n, 2]."""
+    if not len(x):
+        return np.empty((3, 0))
+    points = cv2.triangulatePoints(a[1] @ a[0], b[1] @ b[0], x.T, y.T)
+    return points[:3] / np.where(points[3] == 0, 1e-12, points[3])
+
+
+@dataclass(frozen=True)
+class ComparedDepths:
+    """Of matches [n]: stored depths, over triangulated ones, and how much longer their rays are than the axis."""
+
+    stored: np.ndarray
+    ratios: np.ndarray
+    lengths: np.ndarray
+
+
+def _compared_depths(pairs: list[Pair]) -> ComparedDepths:
+    stored, ratios, lengths = [np.empty(0)], [np.empty(0)], [np.empty(0)]
     for a, b, x, y in pairs:
         if a.depth is None:
             continue
@@ -217,8 +251,7 @@ def _compared_depths(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
         x, y = x[near], y[near]
         if not len(x):
             continue
-        points = cv2.triangulatePoints(a.intrinsics @ a.extrinsics, b.intrinsics @ b.extrinsics, x.T, y.T)
-        points = points[:3] / points[3]
+        points = _triangulated((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y)
         rays = [points - _inverse(view.extrinsics)[:, 3:] for view in (a, b)]
         cosine = (rays[0] * rays[1]).sum(axis=0) / np.prod([np.linalg.norm(ray, axis=0) for ray in rays], axis=0)
         z = a.extrinsics[2, :3] @ points + a.extrinsics[2, 3]
@@ -226,20 +259,36 @@ def _compared_depths(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
         inside = (rows < a.depth.shape[0]) & (columns < a.depth.shape[1])
         depth = a.depth[np.minimum(rows, a.depth.shape[0] - 1), np.minimum(columns, a.depth.shape[1] - 1)]
         good = inside & (z > 0) & (depth > 0) & (cosine < np.cos(np.radians(MIN_PARALLAX)))
+        stored.append(depth[good])
         ratios.append(depth[good] / z[good])
         lengths.append(np.linalg.norm(rays[0][:, good], axis=0) / z[good])
-    return np.concatenate(ratios), np.concatenate(lengths)
+    return ComparedDepths(np.concatenate(stored), np.concatenate(ratios), np.concatenate(lengths))
 
 
-def _wrong_depth(ratio: float, ratios: np.ndarray, lengths: np.ndarray) -> str | None:
+def _wrong_depth(ratio: float, depths: ComparedDepths) -> str | None:
     """What is wrong with depths that are `ratio` times the triangulated ones in the middle; None: nothing is."""
-    steepness, error = _steepness(np.log(lengths), np.log(ratios))
+    steepness, error = _steepness(np.log(depths.lengths), np.log(depths.ratios))
+    spread, by_chance = _spread(depths.ratios), _shuffled_spread(depths)
+    if spread > NOISE and spread > LIKE_CHANCE * by_chance:
+        return "the depths are not those of what the images show: are they of other frames, or turned?"
     if steepness - SURE * error > 0.5 and 1 / UNIT_OFF < ratio < UNIT_OFF:
         return "the depths are along the pixels' rays, not along the axis: they grow toward the corners"
     if 1 / DEPTH_FITS < ratio < DEPTH_FITS:
         return None
     unit = next((words for factor, words in UNITS.items() if 0.5 < ratio / factor < 2), None)
     return unit or f"depths are {ratio:.3g} times what the cameras say: is the focal length right?"
+
+
+def _spread(ratios: np.ndarray) -> float:
+    """The median distance of their logarithms from the middle."""
+    logarithms = np.log(ratios)
+    return float(np.median(np.abs(logarithms - np.median(logarithms))))
+
+
+def _shuffled_spread(depths: ComparedDepths) -> float:
+    """What the spread would be if each match had the depth of another one."""
+    others = np.random.default_rng(0).permutation(len(depths.stored))
+    return _spread(depths.ratios / depths.stored * depths.stored[others])
 
 
 def _steepness(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

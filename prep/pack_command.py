@@ -177,6 +177,8 @@ def pack_source(
         )
         for title in found.titles:
             click.echo(title)
+        if found.passed_over:
+            click.echo(f"PASSED OVER, as no captures of a known layout: {shortened(found.passed_over)}")
         if not trust:
             check_some(found)
         if found.split:

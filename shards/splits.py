@@ -69,12 +69,15 @@ def shared_places(
     part in `tested` and its number in that split; None: all.
     """
     namesakes: defaultdict[tuple[bytes, bytes], list[tuple[ShardSet, np.void]]] = defaultdict(list)
+    of_files: defaultdict[frozenset[str], list[tuple[ShardSet, np.void]]] = defaultdict(list)
     pictures = [np.empty(0, np.uint64)]
     for shard_set, split in trained:
         if split in shard_set.dataset["splits"]:
             pictures.append(_pictures(shard_set)[np.repeat(_in_split(shard_set, split), shard_set.sequences["count"])])
             for row in shard_set.sequences[_in_split(shard_set, split)]:
                 namesakes[_key(row)].append((shard_set, row))
+                if files := _capture_files(shard_set, row):
+                    of_files[files].append((shard_set, row))
     all_trained = np.unique(np.concatenate(pictures))
     counts = np.zeros(4, int)
     for place, (shard_set, split) in enumerate(tested):
@@ -83,6 +86,7 @@ def shared_places(
             if only is None or (place, number) in only:
                 others = namesakes.get(_key(row), [])
                 same = [(other, match) for other, match in others if _same_source(other, shard_set, row)]
+                same += of_files.get(_capture_files(shard_set, row), [])
                 seen = known[_frames(row)]
                 for other, match in same:
                     seen |= np.isin(_names(shard_set, row), _names(other, match))
@@ -110,6 +114,14 @@ def _annotations(shard_set: ShardSet, sequence: np.void) -> set[str]:
     files = shard_set.dataset["source"].get("annotations", {})
     names = (f"{category}/frame_annotations.jgz", *(f"{category}_{split}.jgz" for split in splits))
     return {files[name] for name in names if name in files}
+
+
+def _capture_files(shard_set: ShardSet, sequence: np.void) -> frozenset[str]:
+    """The digests of all files that say what a capture is; nothing of other sets. Its folder may have been renamed."""
+    source, name = shard_set.dataset["source"], sequence["name"].decode()
+    if source.get("kind") != "captures":
+        return frozenset()
+    return frozenset(digest for file, digest in source["annotations"].items() if file.rpartition("/")[0] == name)
 
 
 def _frames(sequence: np.void) -> slice:

@@ -93,6 +93,8 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     if arguments.workers is not None and arguments.workers < 0:
         raise ValueError(f"--workers: expected at least 0, found {arguments.workers}")
     shard_sets = [shards.open(place) for place in arguments.shards]
+    if len({shard_set.digest for shard_set in shard_sets}) < len(shard_sets):
+        raise ValueError(f"--shards: two of them hold the same: {', '.join(arguments.shards)}")
     model = load_model(labels[0])
     widths = {label: width for label in labels if (width := trained_width(label)) is not None}
     protocol = Protocol(

@@ -81,7 +81,8 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
     places = [place for path in read for place in weight_places(Path(path).expanduser())]
     if any(place.samefile(target) for place in places for target in weight_places(out)):
         raise ValueError(f"{out}: is what is to be exported; give another --out")
-    if out.parent.name == "checkpoints" and (out.parent.parent / CONFIG_FILE).exists():
+    folder = out.absolute().parent.resolve()
+    if folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).exists():
         raise ValueError(f"{out}: is among the checkpoints of a run, which is resumed from them; give another --out")
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vggt.config import HEADS
+from vggt.config import HEADS, VGGTConfig
 
 WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that is there
 CONFIG_FILE = "config.json"
@@ -185,6 +186,15 @@ def _shorten(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _is_of_model(config: Path) -> bool:
+    """Whether a file has a key of a model's configuration."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and any(field.name in content for field in fields(VGGTConfig))
+
+
 def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write folder/model.safetensors and folder/config.json, whole or not at all.
 
@@ -192,8 +202,8 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str,
     """
     if folder.suffix in FILE_SUFFIXES or folder.is_file():
         raise ValueError(f"{folder}: expected the name of a folder, which gets {WEIGHT_FILES[0]} and {CONFIG_FILE}")
-    if (folder / CONFIG_FILE).exists() and not any((folder / name).exists() for name in WEIGHT_FILES):
-        raise ValueError(f"{folder / CONFIG_FILE}: is there, without weights beside it, so not a model's; give another")
+    if (folder / CONFIG_FILE).exists() and not _is_of_model(folder / CONFIG_FILE):
+        raise ValueError(f"{folder / CONFIG_FILE}: is there, and not a model's; give another folder")
     write_file(folder / WEIGHT_FILES[0], state)
     with whole_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")

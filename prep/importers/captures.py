@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from prep.importers.layouts import FORMATS, capture_folders
-from prep.importers.source import Capture, Frame, Intrinsics, Sequence
+from prep.importers.layouts import FORMATS, capture_folders, passed_over
+from prep.importers.source import Capture, Frame, Intrinsics, Sequence, by_number
 from shards.index import sha256
 from shards.schema import SPLITS
 
@@ -53,15 +53,16 @@ class Captures:
 
     def __init__(self, folders: list[Path], options: CaptureOptions) -> None:
         self.options = options
-        found = [
-            (name, capture)
-            for folder in folders
-            for name, place in capture_folders(folder, options.format)
-            for capture in read_captures(name, place, options)
-        ]
+        found: list[tuple[str, Capture]] = []
+        self.passed_over: list[str] = []  # folders beside captures that are none
+        for folder in folders:
+            places = capture_folders(folder, options.format)
+            self.passed_over += passed_over(folder, [place for _, place in places])
+            found += [(name, capture) for name, place in places for capture in read_captures(name, place, options)]
         self.formats = [name for name, _ in found]  # of each capture
         self.found = _told_apart([capture for _, capture in found])
         self.split, self.tail = _assign(self.found, options.split)
+        self.last = set[Path]() if self.tail is None else _last_images(self.found, self.tail, options.min_frames)
 
     @property
     def titles(self) -> list[str]:
@@ -96,9 +97,7 @@ class Captures:
     def _frames(self, capture: Capture, split: str) -> list[Frame]:
         if self.tail is None:
             return capture.frames if (capture.name in self.split) == (split == "test") else []
-        count = len(capture.frames)
-        tail = max(round(self.tail * count), min(self.options.min_frames, count // 2))
-        return capture.frames[count - tail :] if split == "test" else capture.frames[: count - tail]
+        return [frame for frame in capture.frames if (frame.image in self.last) == (split == "test")]
 
 
 def read_captures(layout: str, folder: Path, options: CaptureOptions) -> list[Capture]:
@@ -183,6 +182,20 @@ def _check_frames(capture: Capture) -> None:
             raise ValueError(f"{capture.name}: {first[frame.name]} and {frame.path} have the same name; rename one")
     if len(first) < len(capture.frames):
         raise ValueError(f"{capture.name}: a frame is listed twice")
+
+
+def _last_images(captures: list[Capture], fraction: float, min_frames: int) -> set[Path]:
+    """Those that end a place, which models of one COLMAP project have in common; at least min_frames, if there are."""
+    places = defaultdict[Path, dict[Path, None]](dict)
+    for capture in captures:
+        places[capture.place] |= dict.fromkeys(frame.image for frame in capture.frames)
+    last = set[Path]()
+    for place, images in places.items():
+        shared = sum(capture.place == place for capture in captures) > 1
+        ordered = sorted(images, key=by_number) if shared else list(images)
+        tail = max(round(fraction * len(ordered)), min(min_frames, len(ordered) // 2))
+        last |= {*ordered[len(ordered) - tail :]}
+    return last
 
 
 def _assign(captures: list[Capture], split: Split) -> tuple[set[str], float | None]:

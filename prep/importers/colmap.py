@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, pinhole
-from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, SparsePoints, frame_name
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, SparsePoints, by_number, frame_name
 
 TITLE = "sparse/ and images/ (COLMAP)"
 MAX_ERROR, MIN_VIEWS = 2.0, 3  # pixels of reprojection, and images, of a point that is taken
@@ -58,7 +58,7 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
         if point.error <= MAX_ERROR and point.track.length() >= MIN_VIEWS
     }
     frames, unusable = [], []
-    for image in sorted(reconstruction.images.values(), key=lambda image: image.name):
+    for image in sorted(reconstruction.images.values(), key=lambda image: by_number(image.name)):
         if not image.has_pose:
             unusable.append((image.name, "image without a pose"))
             continue

@@ -77,12 +77,22 @@ def capture_folders(folder: Path, wanted: str | None) -> list[tuple[str, Path]]:
     raise ValueError(f"{folder}: holds no capture of a known layout{_unread(folder)}. Looked for {known}")
 
 
+def passed_over(folder: Path, captures: list[Path]) -> list[str]:
+    """The names of a folder's own folders in which none of the captures that were found in it lies."""
+    if folder in captures:
+        return []
+    return [path.name for path in _inner(folder) if not any(path in (place, *place.parents) for place in captures)]
+
+
+def _inner(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _search(folder: Path, wanted: str | None, depth: int) -> list[tuple[str, Path]]:
     name = _format(folder, wanted)
     if name is not None or not depth:
         return [(name, folder)] if name is not None else []
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [found for path in inner for found in _search(path, wanted, depth - 1)]
+    return [found for path in _inner(folder) for found in _search(path, wanted, depth - 1)]
 
 
 def layout_hint(folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, from_opengl, pinhole
-from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, frame_name, one_capture
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, by_number, frame_name, one_capture
 
 TITLE = "transforms.json (nerfstudio)"
 FILE = "transforms.json"
@@ -76,7 +76,7 @@ def read_frames(
             name = entry.get("file_path", number) if isinstance(entry, dict) else number
             reason = f"no {error.args[0]} in {path.name}" if isinstance(error, KeyError) else str(error)
             unusable.append((str(name), reason))
-    return sorted(frames, key=lambda frame: frame.path), unusable
+    return sorted(frames, key=lambda frame: by_number(frame.path)), unusable
 
 
 def _pose(numbers: Any) -> np.ndarray:
@@ -88,13 +88,16 @@ def _pose(numbers: Any) -> np.ndarray:
 
 def _frame(folder: Path, values: dict[str, Any], extrinsics: np.ndarray, depth: DepthFile | None) -> Frame:
     image = _image(folder, str(values["file_path"] if "file_path" in values else values["image"]))
+    mask = folder / str(values["mask_path"]) if "mask_path" in values else None
+    if mask is not None and not mask.exists():
+        raise ValueError("mask_path: no such file")
     return Frame(
         name=frame_name(image.relative_to(folder)),
         path=str(image.relative_to(folder)),
         image=image,
         size=(int(values["h"]), int(values["w"])) if "h" in values and "w" in values else None,
         depth=depth,
-        mask=folder / str(values["mask_path"]) if "mask_path" in values else None,
+        mask=mask,
         mask_above=0,
         camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=_intrinsics(values), distortion=_distortion(values)),
     )

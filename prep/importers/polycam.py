@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, from_opengl, pinhole
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_number, one_capture
 
 TITLE = "keyframes/{images,cameras,depth}/ (Polycam)"
 # The corrected ones are Polycam's own after bundle adjustment, where it has made them.
@@ -25,7 +25,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     keyframes = folder / "keyframes"
     cameras, images = next(pair for pair in FOLDERS if any((keyframes / pair[0]).glob("*.json")))
     frames, unusable = [], []
-    files = sorted((keyframes / cameras).glob("*.json"))
+    files = sorted((keyframes / cameras).glob("*.json"), key=by_number)
     for file in files:
         try:
             frames.append(_frame(keyframes, images, file))

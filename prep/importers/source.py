@@ -6,6 +6,7 @@ with process_pool(8, ["prep.packing.pack"]) as pool:  # prep.packing.executors
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,11 @@ def one_capture(
     """The capture that a folder is, called after it."""
     name = folder.resolve().name
     return [Capture(name=name, place=folder, frames=frames, unusable=unusable, files=files, metric=metric)]
+
+
+def by_number(path: Path | str) -> list[tuple[int, str]]:
+    """A key to sort paths by that puts 10.jpg behind 9.jpg."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def frame_name(path: Path) -> str:

@@ -13,7 +13,7 @@ from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_cap
 TITLE = "rgb.txt, depth.txt, groundtruth.txt (TUM RGB-D)"
 MOST_APART = 0.02  # seconds between an image and its depth, or the nearest pose
 DEPTH_UNIT = 1 / 5000  # meters a step
-# The dataset's own cameras, by the number in the names of its folders: freiburg1, or fr1.
+# The dataset's own cameras, by the number in the names of its folders, as freiburg1.
 KNOWN = {
     "1": (517.3, 516.5, 318.6, 255.3),
     "2": (520.9, 521.0, 325.1, 249.7),
@@ -32,16 +32,16 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         raise ValueError(f"{folder}: TUM's layout does not say the camera: give --intrinsics fx,fy,cx,cy")
     images, depths = _listed(folder / "rgb.txt"), _listed(folder / "depth.txt")
     times, poses = _poses(folder / "groundtruth.txt")
-    depth_times = np.array(sorted(depths))
+    depth_times = np.array([time for time, _ in depths])
     frames, unusable = [], []
-    for time, name in sorted(images.items()):
+    for time, name in images:
         if len(times) < 2 or np.abs(times - time).min() > MOST_APART:
             unusable.append((name, "no pose near the time of the image"))
             continue
-        near = float(depth_times[np.abs(depth_times - time).argmin()]) if len(depth_times) else None
+        near = int(np.abs(depth_times - time).argmin()) if depths else None
         depth = None
-        if near is not None and abs(near - time) <= MOST_APART:
-            depth = DepthFile(path=folder / depths[near], unit=DEPTH_UNIT)
+        if near is not None and abs(depth_times[near] - time) <= MOST_APART:
+            depth = DepthFile(path=folder / depths[near][1], unit=DEPTH_UNIT)
         pose = interpolated(time, times, poses)
         if not np.isfinite(pose).all():
             unusable.append((name, "pose without a rotation"))
@@ -62,7 +62,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
 
 
 def _known(folder: Path) -> Intrinsics | None:
-    found = re.search(r"fr(?:eiburg)?([123])", folder.resolve().name)
+    found = re.search(r"freiburg([123])", folder.resolve().name)
     return found and KNOWN[found[1]]
 
 
@@ -73,10 +73,10 @@ def _rows(path: Path) -> list[list[str]]:
     return [line for line in lines if line]
 
 
-def _listed(path: Path) -> dict[float, str]:
-    """Time -> file. Raises ValueError for other lines."""
+def _listed(path: Path) -> list[tuple[float, str]]:
+    """Times and files, by time; several may be of one, where times are rounded. Raises ValueError for other lines."""
     try:
-        return {float(time): name for time, name, *_ in _rows(path)}
+        return sorted((float(time), name) for time, name, *_ in _rows(path))
     except ValueError as error:
         raise ValueError(f"{path}: expected lines of a time and a file ({error})") from error
 

@@ -188,7 +188,7 @@ def _read_float(path: Path) -> np.ndarray:
             values = _read_exr(path)
         elif suffix in (".npy", ".npz"):
             loaded = np.load(BytesIO(read_file(path, "depth")), allow_pickle=False)
-            values = loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+            values = _only_array(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
         else:
             values = read_image(read_file(path, "depth"), "depth")
         values = np.squeeze(np.asarray(values, np.float32))
@@ -198,6 +198,13 @@ def _read_float(path: Path) -> np.ndarray:
     if values.ndim != 2:
         raise BadFrameError("depth is not a map of numbers", f"{values.shape}")
     return values
+
+
+def _only_array(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
+    """That called depth, or the only one."""
+    if "depth" not in arrays.files and len(arrays.files) != 1:
+        raise BadFrameError("depth is one of several arrays, and none is called depth", ", ".join(arrays.files))
+    return arrays["depth" if "depth" in arrays.files else arrays.files[0]]
 
 
 def _read_exr(path: Path) -> np.ndarray:
@@ -257,7 +264,7 @@ def _masked(values: np.ndarray, mask: Mask | None, target: Target) -> np.ndarray
     if mask is None or not mask[0].exists():
         return values
     array = read_image(read_file(mask[0], "depth mask"), "depth mask")
-    array = array.max(axis=2) if array.ndim == 3 else array
+    array = array[..., :3].max(axis=2) if array.ndim == 3 else array  # without what is opaque
     if array.shape != target.source:
         raise BadFrameError("depth mask is not of the image's size", f"{array.shape} against {target.source}")
     return np.where(target.pick(array) > mask[1], values, values.dtype.type(0))

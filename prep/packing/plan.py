@@ -52,24 +52,27 @@ def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -
     Raises PackError if that is true of frames, unless it is allowed.
     """
     plan, in_both = [], 0
-    trained: dict[tuple[str, str], np.ndarray] = {}  # hashes of their frames' paths: a large dataset has millions
+    trained, images = set[tuple[str, str]](), [np.empty(0, np.int64)]  # hashes of files: a large dataset has millions
     for split, name, sequences in _filled(source, options):
         summary = [(s.category, s.name, s.annotated, sum(f.depth is not None for f in s.frames)) for s in sequences]
         plan.append(ShardJob(split, name, summary, zlib.compress(pickle.dumps(sequences), 1)))
         for sequence in sequences:
-            key, paths = (sequence.category, sequence.name), [frame.path for frame in sequence.frames]
-            hashes = np.array([hash(path) for path in paths], np.int64)
+            key = sequence.category, sequence.name
+            hashes = np.array([hash(str(frame.image)) for frame in sequence.frames], np.int64)
             if sequence.split == SPLITS[0]:
-                trained[key] = hashes
-            elif key in trained:
-                in_both += 1
-                same = np.flatnonzero(np.isin(hashes, trained[key]))
-                if len(same) and not allow_shared_frames:
-                    raise PackError(
-                        f"{paths[same[0]]} is in the train and in the test split, with {len(same) - 1} more frames of "
-                        "its sequence: a test on them says nothing. Give another --set-list or other annotations, only "
-                        "one --split, or --allow-shared-frames"
-                    )
+                trained.add(key)
+                images.append(hashes)
+                continue
+            in_both += key in trained
+            if len(images) > 1:
+                images = [np.unique(np.concatenate(images))]
+            same = np.flatnonzero(np.isin(hashes, images[0]))
+            if len(same) and not allow_shared_frames:
+                raise PackError(
+                    f"{sequence.frames[same[0]].path} is in the train and in the test split, with {len(same) - 1} more "
+                    "frames of its sequence: a test on them says nothing. Give another --set-list or other "
+                    "annotations, only one --split, another --test, or --allow-shared-frames"
+                )
     return plan, in_both
 
 

@@ -46,10 +46,10 @@ def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> Sh
     tar, record, index = out / f"{job.name}.tar", record_file(out, job.name), None
     known = json.loads(record.read_bytes()) if record.is_file() else None
     if known is not None and tar.is_file() and known["index"]["sha256"] == sha256(tar):
-        report = {key: known[key] for key in NOTHING_TO_REPORT}
+        report, made = {key: known[key] for key in NOTHING_TO_REPORT}, True
     else:
-        report = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
-    if tar.is_file():
+        report, made = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
+    if made:
         made = index_file(tar, out / WORK_FOLDER)
         index = {"size": made.size, "sha256": made.sha256, "sequences": made.sequences}
     write_json(record, {"index": index} | report)
@@ -62,8 +62,13 @@ def _check_stamp(out: Path, stamp: str) -> None:
         raise PackError(f"{out}: the pack that this shard was for is over")
 
 
-def _write_shard(tar: Path, sequences: list[Sequence], options: PackOptions, check: Callable[[], None]) -> ShardReport:
-    """Make a tar, unless all of it is left out; returns what there is to report. check comes last, and may raise."""
+def _write_shard(
+    tar: Path, sequences: list[Sequence], options: PackOptions, check: Callable[[], None]
+) -> tuple[ShardReport, bool]:
+    """Make a tar, unless all of it is left out; what there is to report, and whether. check comes last, and may raise.
+
+    What lies there is not removed: should too much be bad, it may be all that there is.
+    """
     report: ShardReport = {"bad": [], "short": [], "doubtful": []}
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -73,11 +78,9 @@ def _write_shard(tar: Path, sequences: list[Sequence], options: PackOptions, che
 
     made = samples()
     first = next(made, None)
-    if first is None:
-        tar.unlink(missing_ok=True)  # of a former pack
-    else:
+    if first is not None:
         write_tar(tar, chain([first], made))
-    return report
+    return report, first is not None
 
 
 def _samples(sequence: Sequence, options: PackOptions, report: ShardReport) -> Iterator[dict[str, Any]]:

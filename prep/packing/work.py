@@ -37,16 +37,20 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
 def reopen(out: Path) -> None:
     """Leave records of the shards of a finished set that lost some file, for those whose tars are as they were to stay.
 
-    None if there was no such set, or its report is gone: then nobody knows what was left out.
+    None if there was no such set. Without its report nobody knows what was left out, which is said of each.
     """
-    report = read_report(out)
-    if not (out / DATASET_FILE).exists() or report is None:
+    if not (out / DATASET_FILE).exists():
         return
+    report = read_report(out)
     files = _read_record(out / DATASET_FILE)["files"]
     tars = {name.removesuffix(".tar"): entry for name, entry in files.items() if name.endswith(".tar")}
-    for name in sorted({*tars, *report}):
+    names = {*tars} if report is None else {*tars, *report}
+    for name in sorted(names):
         if not record_file(out, name).exists():  # else a pack that was stopped has left it
-            write_json(record_file(out, name), {"index": tars.get(name)} | report.get(name, NOTHING_TO_REPORT))
+            part = NOTHING_TO_REPORT | {"doubtful": [(f"{name}.tar", "its report was lost: it may lack frames")]}
+            if report is not None:
+                part = report.get(name, NOTHING_TO_REPORT)
+            write_json(record_file(out, name), {"index": tars.get(name)} | part)
 
 
 def record_file(out: Path, name: str) -> Path:
@@ -83,6 +87,9 @@ def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) ->
         if reports[name]["index"]
     ]
     write_json(out / REPORT_FILE, to_tell)
+    for name in names:
+        if not reports[name]["index"]:
+            (out / f"{name}.tar").unlink(missing_ok=True)  # of a former pack, and nothing of it is good any more
     if not tars:
         _clear(work)  # so that other options may be tried
         raise PackError(
@@ -109,7 +116,8 @@ def check_place(out: Path, job: dict[str, Any]) -> None:
         raise PackError(f"{out}: expected a directory")
     if out.is_dir() and any(out.glob("*.tar")) and not (out / WORK_FOLDER).exists():
         raise PackError(f"{out}: holds tars, but no {DATASET_FILE}: make one with vggt-prep index, or remove {out}")
-    if out.is_dir() and any(path.name not in (WORK_FOLDER, REPORT_FILE) for path in out.iterdir()):
+    ours = (WORK_FOLDER, REPORT_FILE) if read_report(out) is not None else (WORK_FOLDER,)
+    if out.is_dir() and any(path.name not in ours for path in out.iterdir()):
         raise PackError(f"{out}: not empty, and holds no shards; give another --out")
 
 

@@ -397,7 +397,7 @@ def test_three_layouts_of_one_real_capture_give_the_same_and_colmap_two_sequence
         assert (one.frames["jpg_crc"] == other.frames["jpg_crc"]).all()
         assert max(np.abs(depth_of(one, i) - depth_of(other, i)).max() for i in range(30)) == 0
     sparse = pack(REAL / "colmap", tmp_path / "colmap")
-    assert sorted(sparse.sequences["count"][sparse.sequences["split"] == b"train"] * 2 // 2) == [3, 15]
+    assert sorted(sparse.sequences["count"][sparse.sequences["split"] == b"train"]) == [2, 15]  # cut at one image
     assert len(sparse.frames) == 37
     said = json.loads((tmp_path / "colmap" / "dataset.json").read_text())["source"]["captures"]
     assert {entry["depth"] for entry in said.values()} == {"sparse"}

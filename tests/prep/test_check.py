@@ -109,6 +109,32 @@ def test_a_sound_capture_fits_and_each_damage_of_its_depths_is_named(folder):
         assert words in check.words
 
 
+def test_depths_of_anything_else_and_cameras_that_look_the_other_way_do_not_fit(folder, tmp_path):
+    capture = capture_of(folder)
+    depths = [np.load(frame.depth.path) for frame in capture.frames]
+    rng = np.random.default_rng(0)
+    others = {
+        "noise": [rng.permutation(depth.reshape(-1)).reshape(depth.shape) for depth in depths],
+        "flat": [np.full_like(depth, 2) for depth in depths],
+        "upside_down": [depth[::-1] for depth in depths],
+        "in_reverse": depths[::-1],
+    }
+    for name, changed in others.items():
+        (tmp_path / name).mkdir()
+        frames = []
+        for number, (frame, depth) in enumerate(zip(capture.frames, changed, strict=True)):
+            np.save(tmp_path / name / f"{number}.npy", depth)
+            frames.append(replace(frame, depth=replace(frame.depth, path=tmp_path / name / f"{number}.npy")))
+        check = check_capture(replace(capture, frames=frames))
+        assert check.fits is False, (name, check)
+        assert "not those of what the images show" in check.words
+    frames = [
+        replace(frame, camera=replace(frame.camera, extrinsics=frame.camera.extrinsics * [1, 1, 1, -1]))
+        for frame in capture.frames
+    ]
+    assert "if the translations had the other sign" in check_capture(replace(capture, frames=frames)).words
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ALL)
 def test_ten_damages_are_named_in_every_layout(tmp_path, layout):

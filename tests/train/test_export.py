@@ -172,5 +172,5 @@ def test_a_config_json_that_is_not_a_models_is_not_overwritten(run, tmp_path):
     (tmp_path / "config.json").write_text("of a project")
     done = export(run, tmp_path)
     assert done.returncode == 1
-    assert "config.json: is there, without weights beside it" in done.stderr
+    assert "config.json: is there, and not a model's" in done.stderr
     assert (tmp_path / "config.json").read_text() == "of a project"

@@ -57,7 +57,7 @@ class DataConfig:
     max_bad: float = documented(0.02, "fraction of damaged frames above which the run stops")
     allow_shared_frames: bool = documented(False, "whether frames that are trained on may also be validated on")
     val_scenes: int = documented(100, "most scenes to validate on")
-    val_views: int = documented(8, "views of each validation scene")
+    val_views: int = documented(8, "views of each validation scene, or all that it has")
     val_aspect: float = documented(0.75, "height over width of each validation image")
 
     def __post_init__(self) -> None:
@@ -198,14 +198,15 @@ def validation_plan(
     """
     everything = [(source, number) for source, part in enumerate(lengths) for number in range(len(part))]
     chosen = np.linspace(0, len(everything) - 1, min(config.val_scenes, len(everything))).round().astype(int)
-    shape = StepShape(config.val_views, image_height(config.width, config.val_aspect), config.width)
+    height = image_height(config.width, config.val_aspect)
     mine = chosen[rank::world_size]
     repeated = [chosen[0]] * (-(-len(chosen) // world_size) - len(mine))
     steps = []
     for place in [*mine, *repeated]:
         source, sequence = everything[place]
         # Without the very last: a turn-table often ends where it began.
-        frames = (np.arange(config.val_views) * lengths[source][sequence] / config.val_views).astype(int)
+        views = min(config.val_views, int(lengths[source][sequence]))
+        frames = (np.arange(views) * lengths[source][sequence] / views).astype(int)
         scene = Scene(source, sequence, tuple(map(int, frames)), None)
-        steps.append(Step(shape, (scene,), DataState(0, ())))
+        steps.append(Step(StepShape(views, height, config.width), (scene,), DataState(0, ())))
     return steps, len(mine)

@@ -102,7 +102,15 @@ def keep(folder: Path, step: int) -> Path:
 
 
 def _restore_links(folder: Path, *, repair: bool) -> None:
-    """Copying a run may have made files of its links: link again. Raises ValueError for a file that is in no step's."""
+    """Copying a run may have made files of its links: link again. Raises ValueError for a file that is in no step's.
+
+    Or it has dropped them, and with them what they protected, which nobody knows then: all that is there is kept.
+    """
+    steps = steps_saved(folder)
+    if repair and len(steps) > 1 and not any(path.is_symlink() or path.name == LATEST for path in folder.glob("*")):
+        log.warning("%s: its links are gone, as after a copy without them; all its checkpoints are kept", folder)
+        for step in steps:
+            keep(folder, step)
     for link in (folder / LATEST, folder / BEST):
         if link.is_file() and not link.is_symlink():
             files = [step_file(folder, step) for step in steps_saved(folder)]
@@ -126,11 +134,16 @@ def _link(folder: Path, name: str, target: Path) -> None:
 def _drop_old(folder: Path, config: CheckpointConfig) -> None:
     """Remove the checkpoints that are not among the last and the milestones, nor what a link points at."""
     kept = {step_file(folder, step) for step in steps_saved(folder)[-config.keep :]}
-    kept |= {folder / link.readlink() for link in folder.glob("*") if link.is_symlink()}
+    kept |= {folder / link.resolve().name for link in folder.glob("*") if link.is_symlink() and is_inside(link, folder)}
     for step in steps_saved(folder):
         is_milestone = config.milestone is not None and step % config.milestone == 0
         if step_file(folder, step) not in kept and not is_milestone:
             step_file(folder, step).unlink()
+
+
+def is_inside(link: Path, folder: Path) -> bool:
+    """Whether what a link names lies in the folder, however that was written."""
+    return link.resolve().parent == folder.resolve()
 
 
 def steps_saved(folder: Path) -> list[int]:

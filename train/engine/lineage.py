@@ -12,6 +12,7 @@ from train.data.plan import validation_plan
 from train.data.split import Split
 from train.engine.checkpoint import load
 from train.engine.settings import TrainConfig, data_config
+from vggt.weights import fingerprint
 
 
 def saved_run(source: str) -> dict[str, Any] | None:
@@ -48,12 +49,15 @@ def trained_before(source: str | None) -> tuple[list[Part], list[str]]:
     parts: list[Part] = []
     unknown: list[str] = []
     seen: set[str] = set()
+    expected: str | None = None  # the fingerprint of what a checkpoint began from
     while source is not None and source not in seen:
         seen.add(source)
         try:
             saved = saved_run(source)
             if saved is None:
                 raise ValueError("it does not say")
+            if expected is not None and fingerprint(saved["model"]) != expected:
+                raise ValueError("another checkpoint is there now")
             data = data_config(saved["config"]["data"], source)
         except ValueError as error:
             unknown.append(f"what {source} was trained on is not known: {error}")
@@ -64,7 +68,7 @@ def trained_before(source: str | None) -> tuple[list[Part], list[str]]:
         for digest, path in places.items():
             opened, problems = _open_part(path, digest, data.train_split, source)
             parts, unknown = parts + opened, unknown + problems
-        source = saved["config"].get("init")
+        source, expected = saved["config"].get("init"), saved.get("init_fingerprint")
     return parts, unknown
 
 

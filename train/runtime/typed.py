@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -120,6 +121,10 @@ def _read_text(kind: Any, text: str, name: str) -> Any:
     takes_list = any(get_origin(kind) is tuple for kind in kinds)
     if takes_text and not (takes_list and text.startswith("[")):
         return str(text)
+    if int in kinds and re.fullmatch(r"[+-]?\d+", text):  # which YAML 1.1 reads as octal if it begins with 0
+        return int(text)
+    if int in kinds and ":" in text:  # ... and this by 60
+        raise ValueError(f"{name}: expected int, found {text!r}")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
