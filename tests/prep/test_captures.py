@@ -16,9 +16,10 @@ from layout_writers import WRITERS, rendered, write_depth, write_image
 from scipy.spatial.transform import Rotation
 
 import shards
-from prep.importers.captures import CaptureOptions, Captures, Split, _assign
+from prep.importers.captures import CaptureOptions, Captures, Split, _assign, _last_images
 from prep.importers.source import Distortion
 from prep.packing.lens import Lens
+from prep.packing.plan import PackError, PackOptions, make_plan
 from shards.codecs import decode_depth, decode_jpeg
 
 REAL = SHARED / "captures"
@@ -264,6 +265,78 @@ def test_depth_of_a_camera_of_its_own_is_put_where_the_image_sees_it(views, tmp_
             least_near, most_near = np.min(near, axis=0) * 0.998, np.max(near, axis=0) * 1.002
             assert ((found[rows, columns] > least_near) & (found[rows, columns] < most_near)).mean() > 0.995
             assert least < len(rows) / found.size < 0.75
+
+
+def test_masks_with_an_opaque_channel_count_and_missing_ones_are_told(views, tmp_path):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    content = json.loads(path.read_text())
+    for i, entry in enumerate(content["frames"]):
+        entry["mask_path"] = f"masks/{i}.png"
+        if i != 3:
+            mask = np.full((*views[i].depth.shape, 4), 255, np.uint8)
+            mask[:, : mask.shape[1] // 2, :3] = 0
+            (tmp_path / "capture" / "masks").mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / "capture" / entry["mask_path"]), mask)
+    path.write_text(json.dumps(content))
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", "--min-frames", 1, "--trust")
+    assert done.returncode == 0, done.stderr
+    assert "7 frames; 1 left out: 1 x mask_path: no such file (images/im 003.png)" in done.stdout
+    depth = depth_of(shards.open(tmp_path / "set"), 0)
+    assert (depth[:, : depth.shape[1] // 2] == 0).all()
+    assert (depth[:, depth.shape[1] // 2 :] > 0).any()
+
+
+def test_images_of_one_rounded_time_and_numbers_without_zeros_keep_their_order(views, tmp_path):
+    WRITERS["tum"](tmp_path / "tum", views)
+    for name in ("rgb", "depth"):
+        path = tmp_path / "tum" / f"{name}.txt"
+        lines = [line.split() for line in path.read_text().splitlines()[1:]]
+        path.write_text("".join(f"{float(time):.1f} {file}\n" for time, file in lines))
+    (tum,) = Captures([tmp_path / "tum"], CaptureOptions(intrinsics=(1, 1, 1, 1))).found
+    assert len(tum.frames) + len(tum.unusable) == len(views)
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    text = path.read_text()
+    for i in reversed(range(len(views))):
+        text = text.replace(f"im {i:03d}.png", f"{7 + i}.png")
+        (tmp_path / "capture" / "images" / f"im {i:03d}.png").rename(tmp_path / "capture" / "images" / f"{7 + i}.png")
+    path.write_text(text)
+    (capture,) = Captures([tmp_path / "capture"], CaptureOptions()).found
+    assert [frame.name for frame in capture.frames] == [str(7 + i) for i in range(len(views))]
+
+
+def test_folders_that_are_no_captures_are_told(views, tmp_path):
+    WRITERS["frames"](tmp_path / "all" / "good", views)
+    (tmp_path / "all" / "broken").mkdir()
+    done = vggt_prep("pack", tmp_path / "all", "--out", tmp_path / "set", "--trust", "--min-frames", 1)
+    assert "PASSED OVER, as no captures of a known layout: broken" in done.stdout
+
+
+def test_an_image_of_two_models_of_a_project_is_in_one_split(views, tmp_path):
+    """Each model reconstructs some of the images; those at the end are for testing, in whatever model they are."""
+    WRITERS["frames"](tmp_path / "project", views)
+    found = Captures([tmp_path / "project"], CaptureOptions(split=Split(tail=0.25)))
+    (whole,) = found.found
+    models = [replace(whole, name="0", frames=whole.frames[3:]), replace(whole, name="1", frames=whole.frames[:7])]
+    last = _last_images(models, 0.25, 1)
+    assert [frame.image in last for frame in whole.frames] == [False] * 6 + [True] * 2
+    found.found, found.tail, found.split = models, None, {"1"}
+    with pytest.raises(PackError, match="is in the train and in the test split, with 3 more frames"):
+        make_plan(found, PackOptions(), allow_shared_frames=False)
+
+
+def test_of_several_arrays_the_one_called_depth_is_taken(views, tmp_path):
+    WRITERS["frames"](tmp_path / "capture", views)
+    table = tmp_path / "capture" / "frames.csv"
+    table.write_text(table.read_text().replace(".npy", ".npz"))
+    for i, view in enumerate(views):
+        arrays = {"confidence": np.ones_like(view.depth), "depth": view.depth}
+        arrays |= {"other": arrays.pop("depth")} if i == 0 else {}
+        np.savez(tmp_path / "capture" / "d" / f"{i:03d}.npz", **arrays)
+    opened = pack(tmp_path / "capture", tmp_path / "set", "--trust", "--max-bad", 0.5)
+    assert len(opened.frames) == len(views) - 1
+    assert np.abs(depth_of(opened, in_order(opened)[0])[100] - views[1].depth[100]).max() < 0.02
 
 
 def test_frames_of_a_slow_camera_are_left_out_and_depths_beyond_a_range_are_unknown(views, tmp_path):

@@ -589,3 +589,36 @@ def test_names_are_printed_as_they_are_and_quoted_where_they_are_to_be_typed(cap
     packed = vggt_prep("pack", *source_options(captures), "--out", out, "--short-side", 40)
     assert f"\n{out}: " in packed.stdout
     assert vggt_prep("info", out).stdout.startswith(f"{out}: ")
+
+
+def test_sound_tars_of_a_set_stay_when_its_source_cannot_be_read(editable, tmp_path):
+    """Whatever else of the set was lost: the report, and another tar."""
+    out = tmp_path / "out"
+    command = ("pack", *source_options(editable), "--out", out, "--shard-frames", 60)
+    assert vggt_prep(*command).returncode == 0
+    (out / "report.json").unlink()
+    gone, *sound = sorted(out.glob("*.tar"))
+    gone.unlink()
+    before = {path.name: path.read_bytes() for path in sound}
+    assert len(before) > 1
+    for images in (editable / "co3d").glob("*/*/images"):
+        images.rename(images.with_name("away"))
+    failed = vggt_prep(*command)
+    assert failed.returncode == 1
+    assert "frames are bad" in failed.stderr
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == before
+    for images in (editable / "co3d").glob("*/*/away"):
+        images.rename(images.with_name("images"))
+    done = vggt_prep(*command)
+    assert done.returncode == 0, done.stderr
+    assert "its report was lost: it may lack frames" in done.stdout
+    assert {path.name: path.read_bytes() for path in sound} == before
+    assert gone.exists()
+
+
+def test_a_report_that_is_the_users_own_is_not_overwritten(captures, tmp_path):
+    (tmp_path / "report.json").write_text('{"title": "mine"}')
+    done = vggt_prep("pack", *source_options(captures), "--out", tmp_path)
+    assert done.returncode == 1
+    assert "not empty, and holds no shards" in done.stderr
+    assert (tmp_path / "report.json").read_text() == '{"title": "mine"}'

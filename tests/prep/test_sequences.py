@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, vggt_prep
+from layout_writers import WRITERS, rendered
 from runs import SCRATCH, run_trainer
 
 import shards
@@ -18,6 +19,7 @@ from shards.splits import shared_places
 from train.config import load_config
 from train.data.split import Split
 from train.engine.lineage import trained_before, trained_width, what_is_validated
+from vggt.weights import fingerprint
 
 OPTIONS = ("--short-side", 80)
 
@@ -245,6 +247,34 @@ def test_what_init_began_from_counts_as_trained_on(shard_dir, tmp_path):
     with pytest.raises(ValueError, match="frames to test on are the same as frames to train on"):
         what_is_validated(config, *splits)
     assert trained_before(None) == ([], [])
+
+
+def test_another_checkpoint_in_the_place_of_init_is_not_taken_for_it(shard_dir, tmp_path):
+    """Its weights are not those that the run began from, so what it was trained on says nothing."""
+    config = {"data": {"shards": str(shard_dir), "train_split": "train"}, "init": None}
+    for value, known in ((0.0, True), (1.0, False)):
+        torch.save({"config": config, "model": {"w": torch.full((3,), value)}}, tmp_path / "first.pt")
+        if known:
+            digest = fingerprint({"w": torch.zeros(3)})
+            second = {"config": config | {"init": str(tmp_path / "first.pt")}, "init_fingerprint": digest}
+            torch.save(second, tmp_path / "second.pt")
+        parts, unknown = trained_before(str(tmp_path / "second.pt"))
+        assert len(parts) == 1 + known
+        assert (unknown == []) is known
+    assert "another checkpoint is there now" in unknown[0]
+
+
+def test_a_capture_is_known_under_another_name_and_in_another_size(tmp_path):
+    WRITERS["frames"](tmp_path / "kitchen", rendered(frames=12))
+    first = vggt_prep("pack", tmp_path / "kitchen", "--out", tmp_path / "a", "--trust")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "kitchen").rename(tmp_path / "renamed")
+    options = ("--test", "renamed", "--short-side", 90, "--trust")
+    second = vggt_prep("pack", tmp_path / "renamed", "--out", tmp_path / "b", *options)
+    assert second.returncode == 0, second.stderr
+    one, two = shards.open(tmp_path / "a"), shards.open(tmp_path / "b")
+    found = shared_places([(one, "train")], [(two, "test")])
+    assert (found.sequences, found.frames) == (1, 7)
 
 
 def test_what_is_not_known_of_a_checkpoint_is_said(shard_dir, tmp_path):

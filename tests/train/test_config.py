@@ -45,6 +45,12 @@ def test_command_line_beats_yaml_beats_defaults():
     assert load_config(None, ["init=a", "out_dir=b"]) == TrainConfig(init="a", out_dir="b")
 
 
+def test_numbers_that_begin_with_0_are_decimal(tmp_path):
+    assert load_config(None, ["init=none", "data.shards=x", "seed=010", "max_steps=0100"]).max_steps == 100
+    with pytest.raises(ValueError, match="val_every: expected int, found '1:30'"):
+        load_config(None, ["init=none", "data.shards=x", "val_every=1:30"])
+
+
 def test_what_is_written_down_reads_back(tmp_path):
     config = load_config(CONFIGS / "demo.yaml", ["data.shards=s", "checkpoint.milestone=7"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))

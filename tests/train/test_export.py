@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import run_command
 from golden_figures import golden_weights, load_json
 from runs import SCRATCH, SMALL, run_trainer
 
+from train.export import export as make_export
 from vggt import VGGT, preset
 from vggt.weights import read_checkpoint
 
@@ -174,3 +177,16 @@ def test_a_config_json_that_is_not_a_models_is_not_overwritten(run, tmp_path):
     assert done.returncode == 1
     assert "config.json: is there, and not a model's" in done.stderr
     assert (tmp_path / "config.json").read_text() == "of a project"
+
+
+def test_a_checkpoint_of_a_run_is_not_overwritten_by_whatever_path_it_is_named(run, tmp_path, monkeypatch):
+    checkpoints = run / "run" / "checkpoints"
+    newest = (checkpoints / "latest").resolve()
+    before = newest.read_bytes()
+    copy = shutil.copy(newest, tmp_path / "copy.pt")
+    (tmp_path / "link").symlink_to(checkpoints)
+    monkeypatch.chdir(checkpoints)
+    for out in (Path(newest.name), tmp_path / "link" / newest.name):
+        with pytest.raises(ValueError, match="is among the checkpoints of a run"):
+            make_export(Path(copy), out)
+    assert newest.read_bytes() == before

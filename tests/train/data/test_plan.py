@@ -152,6 +152,8 @@ def test_validation_is_always_the_same_and_shared_out_among_ranks():
     assert [len(validation_plan(config, (LENGTHS,), rank, 16)[0]) for rank in range(16)] == [1] * 16
     both, _ = validation_plan(config, (LENGTHS, LENGTHS[:4]), 0, 1)
     assert {step.scenes[0].source for step in both} == {0, 1}
+    (short,), _ = validation_plan(config, (np.array([3]),), 0, 1)  # has no four: none of it is there twice
+    assert (short.shape.views, short.scenes[0].frames) == (3, (0, 1, 2))
     for step in whole:
         assert step.scenes[0].seed is None
         assert len(set(step.scenes[0].frames)) == 4

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import run_command
@@ -244,3 +246,23 @@ def test_what_is_kept_stays_under_other_settings(tmp_path):
         keep(tmp_path, step)
     filled(tmp_path, range(6, 9), CheckpointConfig(keep=1))
     assert steps_saved(tmp_path) == [2, 4, 8]
+
+
+def test_a_copy_that_has_lost_its_links_loses_nothing_of_what_they_kept(tmp_path, caplog):
+    filled(tmp_path, range(1, 5), CheckpointConfig(keep=4))
+    for link in (path for path in tmp_path.iterdir() if path.is_symlink()):
+        link.unlink()
+    assert find_newest(tmp_path, repair=False) == step_file(tmp_path, 4)
+    assert find_newest(tmp_path) == step_file(tmp_path, 4)
+    assert "its links are gone" in caplog.text
+    filled(tmp_path, (5, 6), CheckpointConfig(keep=1))
+    assert steps_saved(tmp_path) == [1, 2, 3, 4, 6]
+
+
+def test_what_a_link_of_the_users_names_in_full_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("run")
+    filled(folder, (1, 2), CheckpointConfig(keep=2))
+    (folder / "favorite").symlink_to(tmp_path / "run" / "step-00000001.pt")
+    filled(folder, (3, 4), CheckpointConfig(keep=1))
+    assert steps_saved(folder) == [1, 4]
