@@ -43,11 +43,11 @@ from shards.build_index import TarIndex, index_tar, write_index
 from shards.codecs import decode_depth, decode_jpeg
 from shards.index import sha256
 from train.data.batches import TrainingSteps, load_ahead
-from train.data.color_jitter import apply_color_jitter
 from train.data.crops import crop_depth, crop_image
 from train.data.plan import DataConfig, Step, TrainingPlan
 from train.data.split import Split, read_step
 from train.data.workers import make_loader
+from train.objective.color_jitter import apply_color_jitter
 
 CONFIG = DataConfig(views=(8, 8))
 SEQUENCES, FRAMES, STEPS = 3, 16, 4  # a step is 6 scenes of 8 views

@@ -24,10 +24,10 @@ from train.engine.optim import freeze
 from train.engine.settings import CONFIG_FILE
 from vggt import VGGT, VGGTConfig
 from vggt.config import HEADS
+from vggt.damage import damage
 from vggt.weights import (
     FILE_SUFFIXES,
     WEIGHT_FILES,
-    damage,
     fingerprint,
     heads_in,
     read_checkpoint,

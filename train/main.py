@@ -39,11 +39,11 @@ from train.engine.folder import (
 )
 from train.engine.lineage import former_places, what_is_validated
 from train.engine.memory import dry_run
-from train.engine.mixture import mixture_changes, new_streams, saved_streams, state_of
 from train.engine.optim import freeze, make_optimizer
 from train.engine.parallel import distribute, load_optimizer
 from train.engine.run import Run
 from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
+from train.engine.streams import mixture_changes, new_streams, saved_streams, state_of
 from train.evaluation.validation import Validator, scene_names
 from train.report.logger import Reporter
 from train.runtime.distributed import World, fail, start_world

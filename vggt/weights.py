@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vggt.config import HEADS, VGGTConfig
+from vggt.damage import damage
 
 WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that is there
 CONFIG_FILE = "config.json"
@@ -73,22 +73,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         crc = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         digest.update(f"{name} {value.dtype} {list(value.shape)} {crc}\n".encode())
     return digest.hexdigest()
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a file of torch.save, by the CRCs in it, which torch.load does not look at; None: nothing.
-
-    Raises OSError if it cannot be read just now.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        return str(error)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # that is of an impossible place in the file
-            raise
-        return str(error)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from train.runtime.typed import documented
-from vggt.weights import damage
+from vggt.damage import damage
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any
 from shards import ShardSet
 from shards.locks import locked
 from train.engine.checkpoint import BEST, best_saved, find_newest, keep, load, step_file, steps_saved
-from train.engine.mixture import saved_streams
 from train.engine.settings import TrainConfig, read_config, to_dict
+from train.engine.streams import saved_streams
 from train.evaluation.history import ValidationHistory, compared_plan
 from train.report.logger import METRICS_FILE
 from train.runtime.jsonl import read_jsonl

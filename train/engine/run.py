@@ -17,11 +17,11 @@ from train.data.split import Split
 from train.engine.checkpoint import mark_best, save, steps_saved
 from train.engine.folder import REQUEUE_FILE
 from train.engine.memory import explain_oom, peak_gb
-from train.engine.mixture import Streams, streams_at
 from train.engine.optim import set_lr
 from train.engine.parallel import full_state_dict
 from train.engine.settings import TrainConfig, to_dict
 from train.engine.step import StepOutcome, train_step
+from train.engine.streams import Streams, streams_at
 from train.engine.tally import Tally, Window
 from train.evaluation.history import ValidationHistory, compared_plan
 from train.evaluation.validation import Validation, Validator
@@ -36,7 +36,7 @@ from vggt.model import VGGT
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run at work. model: the model itself; shared: as the ranks share it; streams: see engine/mixture.py."""
+    """A run at work. model: the model itself; shared: as the ranks share it; streams: see engine/streams.py."""
 
     config: TrainConfig
     world: World

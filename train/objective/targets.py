@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.data.color_jitter import apply_color_jitter
+from train.objective.color_jitter import apply_color_jitter
 from vggt.geometry import invert_se3, relative_pose, transform_points, unproject
 
 MIN_VALID = 100  # a scene's scale is defined by more valid points than that

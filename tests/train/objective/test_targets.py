@@ -7,7 +7,8 @@ import pytest
 import torch
 from golden_figures import GOLDEN, load_tensors
 
-from train.data.color_jitter import apply_color_jitter, draw_color_jitter, no_color_jitter
+from train.data.color_jitter import draw_color_jitter, no_color_jitter
+from train.objective.color_jitter import apply_color_jitter
 from train.objective.targets import normalize_scenes, prepare
 
 

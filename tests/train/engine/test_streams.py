@@ -11,7 +11,7 @@ from runs import SCRATCH, checkpoint, run_trainer
 
 import shards
 from train.data.plan import DataConfig, ShardSource, TrainingPlan
-from train.engine.mixture import new_streams, saved_streams, state_of, streams_at
+from train.engine.streams import new_streams, saved_streams, state_of, streams_at
 
 
 class Set:
