@@ -6,24 +6,15 @@ match must then lie on each other's epipolar lines. What is triangulated from th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
-from prep.importers.source import Capture, Frame
-from prep.packing.frames import FrameOptions, pack_frame
-from prep.packing.reading import BadFrameError
-from shards.codecs import decode_depth, decode_jpeg
+from prep.importers.source import Capture
+from prep.matches import Pair, View, epipolar_distances, inverse, matched_pairs, triangulated
 
-PAIRS = 15  # of views, evenly over the capture
-SHORT_SIDE = 480
-MATCH_RATIO, CLEAN = 0.75, 1.5  # of SIFT's distances; pixels from the epipolar lines that fit the matches best
-MIN_MATCHES, MIN_PAIRS = 25, 3
+MIN_PAIRS = 3
 NEAR = 4.0  # pixels from the given cameras' epipolar lines: tracking of a phone is not better
 FITS, BETTER = 0.6, 0.15  # fraction of matches that must be near; by how much another hypothesis must be better
 MIN_PARALLAX = 1.0  # degrees, of a match that is triangulated
@@ -35,18 +26,6 @@ BEHIND = 0.3  # fraction of points in front of both cameras, below which the cam
 SURE = 2.0  # standard errors
 UNIT_OFF = 10.0  # factor beyond which depths are in another unit, whatever they are along
 TYPICAL, TRIMS = 0.3, 5  # logarithm of a ratio of depths that belongs to the rest at first; rounds of a fit
-
-
-@dataclass
-class View:
-    """An image with its camera, and those before and after it in the capture."""
-
-    image: np.ndarray  # gray
-    depth: np.ndarray | None
-    extrinsics: np.ndarray
-    intrinsics: np.ndarray
-    before: np.ndarray  # extrinsics of the frame before
-    after: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -63,7 +42,7 @@ class CaptureCheck:
 
 def check_capture(capture: Capture) -> CaptureCheck:
     """Raises nothing for a bad capture: its check says so."""
-    pairs, usable, reasons = _matched_pairs(capture.frames)
+    pairs, usable, reasons = matched_pairs(capture.frames)
     if len(pairs) < MIN_PAIRS:
         words = f"only {len(pairs)} pairs of views have enough matches to tell"
         if reasons:
@@ -87,82 +66,8 @@ def check_capture(capture: Capture) -> CaptureCheck:
     return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
 
 
-Pair = tuple[View, View, np.ndarray, np.ndarray]  # with pixels [n, 2] of the matches in both
-
-
-def _matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
-    """Pairs of views with matches, evenly over the capture; how many frames could be used, and why others could not.
-
-    The second of a pair is as far from the first as the next pair, or nearer, until there are matches.
-    """
-    sift = cv2.SIFT.create(3000)
-    reasons: Counter[str] = Counter()
-    usable = 0
-
-    @cache
-    def seen(number: int) -> tuple[View, Any] | None:
-        nonlocal usable
-        try:
-            view = _view(frames, number)
-        except BadFrameError as error:
-            reasons[str(error)] += 1
-            return None
-        usable += 1
-        return view, sift.detectAndCompute(view.image, None)
-
-    pairs = []
-    for number in np.unique(np.linspace(0, max(0, len(frames) - 2), PAIRS).round().astype(int)):
-        gap = max(1, len(frames) // PAIRS)
-        while gap and (first := seen(int(number))) is not None:
-            second = seen(min(int(number) + gap, len(frames) - 1))
-            pair = None if second is None else _matched(first, second)
-            if pair is not None:
-                pairs.append(pair)
-                break
-            gap //= 2
-    return pairs, usable, reasons
-
-
-def _view(frames: list[Frame], number: int) -> View:
-    """Raises BadFrameError."""
-    # As it is in its file: what is wrong with the poses may also have turned it.
-    packed = pack_frame(replace(frames[number], quarter_turns=0), FrameOptions(short_side=SHORT_SIDE))
-    size = packed.meta.height, packed.meta.width
-    around = [frames[max(0, number - 1)], frames[min(len(frames) - 1, number + 1)]]
-    before, after = (frame.camera.opencv(*size)[0] for frame in around)
-    image, _ = decode_jpeg(packed.jpeg)
-    depth = None if packed.depth is None else decode_depth(packed.depth, *size).astype(float)
-    return View(
-        image=cv2.cvtColor(image, cv2.COLOR_RGB2GRAY),
-        depth=None if depth is None else depth * packed.meta.depth_scale,
-        extrinsics=packed.meta.extrinsics,
-        intrinsics=packed.meta.intrinsics,
-        before=before,
-        after=after,
-    )
-
-
-def _matched(a: tuple[View, Any], b: tuple[View, Any]) -> Pair | None:
-    """The matches of two views, cleaned by the geometry that fits these best, whatever the cameras say."""
-    (view_a, (keys_a, of_a)), (view_b, (keys_b, of_b)) = a, b
-    if of_a is None or of_b is None or len(of_b) < 2:
-        return None
-    matches = [m for m, n in cv2.BFMatcher().knnMatch(of_a, of_b, k=2) if m.distance < MATCH_RATIO * n.distance]
-    if len(matches) < MIN_MATCHES:
-        return None
-    pixels_a = np.array([keys_a[m.queryIdx].pt for m in matches])
-    pixels_b = np.array([keys_b[m.trainIdx].pt for m in matches])
-    _, clean = cv2.findFundamentalMat(pixels_a, pixels_b, cv2.FM_RANSAC, CLEAN, 0.999)
-    clean = np.zeros(len(matches), bool) if clean is None else clean[:, 0] > 0
-    return (view_a, view_b, pixels_a[clean], pixels_b[clean]) if clean.sum() >= MIN_MATCHES else None
-
-
 Change = Callable[[View], tuple[np.ndarray, np.ndarray]]  # a view -> extrinsics and intrinsics under a hypothesis
 GIVEN = "as given"
-
-
-def _inverse(pose: np.ndarray) -> np.ndarray:
-    return np.column_stack([pose[:, :3].T, -pose[:, :3].T @ pose[:, 3]])
 
 
 def _exchanged(k: np.ndarray, *, focal: bool, center: bool) -> np.ndarray:
@@ -177,7 +82,7 @@ def _exchanged(k: np.ndarray, *, focal: bool, center: bool) -> np.ndarray:
 FLIP = np.diag([1.0, -1.0, -1.0])
 HYPOTHESES: dict[str, Change] = {
     GIVEN: lambda v: (v.extrinsics, v.intrinsics),
-    "the poses were the other way round (camera-to-world)": lambda v: (_inverse(v.extrinsics), v.intrinsics),
+    "the poses were the other way round (camera-to-world)": lambda v: (inverse(v.extrinsics), v.intrinsics),
     "the cameras' y and z pointed the other way (OpenGL)": lambda v: (FLIP @ v.extrinsics, v.intrinsics),
     "the rotations were transposed": lambda v: (
         np.column_stack([v.extrinsics[:, :3].T, v.extrinsics[:, 3]]),
@@ -199,38 +104,11 @@ def _score(pairs: list[Pair], change: Change) -> float:
     found = []
     for a, b, x, y in pairs:
         cameras = change(a), change(b)
-        near = _epipolar(*cameras, x, y) < NEAR
-        points = _triangulated(*cameras, x[near], y[near])
+        near = epipolar_distances(*cameras, x, y) < NEAR
+        points = triangulated(*cameras, x[near], y[near])
         depths = np.array([pose[2, :3] @ points + pose[2, 3] for pose, _ in cameras])
         found.append(near.mean() if not near.any() or (depths > 0).all(axis=0).mean() > BEHIND else 0.0)
     return float(np.mean(found))
-
-
-def _epipolar(
-    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], x: np.ndarray, y: np.ndarray
-) -> np.ndarray:
-    """The distance [n] of matches from their epipolar lines, to first order (Sampson 1982), in pixels."""
-    (pose_a, k_a), (pose_b, k_b) = a, b
-    rotation = pose_b[:, :3] @ pose_a[:, :3].T
-    t = pose_b[:, 3] - rotation @ pose_a[:, 3]
-    if np.linalg.norm(t) == 0:
-        return np.full(len(x), np.inf)
-    cross = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]]) / np.linalg.norm(t)
-    fundamental = np.linalg.inv(k_b).T @ cross @ rotation @ np.linalg.inv(k_a)
-    x, y = (np.column_stack([pixels, np.ones(len(pixels))]) for pixels in (x, y))
-    lines_b, lines_a = x @ fundamental.T, y @ fundamental
-    size = (lines_b[:, :2] ** 2).sum(axis=1) + (lines_a[:, :2] ** 2).sum(axis=1)
-    return np.abs((y * lines_b).sum(axis=1)) / np.sqrt(np.maximum(size, 1e-30))
-
-
-def _triangulated(
-    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], x: np.ndarray, y: np.ndarray
-) -> np.ndarray:
-    """Points of the world [3, n] that two cameras see at pixels [n, 2]."""
-    if not len(x):
-        return np.empty((3, 0))
-    points = cv2.triangulatePoints(a[1] @ a[0], b[1] @ b[0], x.T, y.T)
-    return points[:3] / np.where(points[3] == 0, 1e-12, points[3])
 
 
 @dataclass(frozen=True)
@@ -247,12 +125,12 @@ def _compared_depths(pairs: list[Pair]) -> ComparedDepths:
     for a, b, x, y in pairs:
         if a.depth is None:
             continue
-        near = _epipolar((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y) < NEAR
+        near = epipolar_distances((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y) < NEAR
         x, y = x[near], y[near]
         if not len(x):
             continue
-        points = _triangulated((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y)
-        rays = [points - _inverse(view.extrinsics)[:, 3:] for view in (a, b)]
+        points = triangulated((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y)
+        rays = [points - inverse(view.extrinsics)[:, 3:] for view in (a, b)]
         cosine = (rays[0] * rays[1]).sum(axis=0) / np.prod([np.linalg.norm(ray, axis=0) for ray in rays], axis=0)
         z = a.extrinsics[2, :3] @ points + a.extrinsics[2, 3]
         columns, rows = np.rint(x).astype(int).T
