@@ -23,7 +23,7 @@ ROOMS = {
 }
 COMMANDS = {
     "train": {"main", "evaluate", "check_data", "export", "config"},
-    "prep": {"check", "cli", "info", "pack_command", "preview", "terminal", "verify"},
+    "prep": {"check", "cli", "info", "matches", "pack_command", "preview", "terminal", "verify"},
 }
 
 
