@@ -7,7 +7,7 @@ SHARDS              ?= data/shards
 PACK                ?=
 INIT                ?=
 NPROC               ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n > 0 ? n : 1)))
-RUN                 ?= $(if $(INIT),finetune,$(if $(CAPTURES),captures,$(if $(CO3D_DIR),co3d,demo)))
+RUN                 ?= $(if $(INIT),finetune,$(if $(CAPTURES),captures,$(if $(CO3D_DIR),co3d,$(if $(SHARDS_GIVEN),$(notdir $(SHARDS:%/=%)),demo))))
 ARGS                ?=
 
 PYTHON ?= python3
@@ -15,6 +15,8 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CONFIG := train/configs/$(if $(INIT),default,demo).yaml
 DEMO   := data/demo
+# One process needs no torchrun, whose report after an error hides what the error was.
+LAUNCH  = $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
 
 # Names may hold spaces and signs that the shell knows: it gets them as variables of its own, always between quotes.
 # (Not so the tests, which run make themselves.)
@@ -48,7 +50,7 @@ help:
 	@echo "PACK=                 options of vggt-prep pack, such as PACK='--test kitchen'; see .venv/bin/vggt-prep pack --help"
 	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: a small model from scratch)"
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
-	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: finetune with INIT, else captures, co3d or demo)"
+	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: finetune with INIT, else captures, co3d, SHARDS' name, demo)"
 	@echo "ARGS=                 more settings, such as ARGS='optim.lr=1e-5 epochs=5'; see train/configs/default.yaml"
 	@echo "                      for make eval its options, such as ARGS='--protocol co3d-pose-fast'"
 
@@ -77,7 +79,7 @@ else
 	@case "$$SHARDS" in "~/"*) SHARDS="$$HOME/$${SHARDS#??}";; esac; \
 	if [ -e "$$SHARDS/dataset.json" ]; then echo "$$SHARDS is there: using it"; \
 	elif [ -n "$(SHARDS_GIVEN)" ] || [ -d "$$SHARDS" ] || { [ -L "$$SHARDS" ] && ! $(IS_DEMO); }; then \
-	  echo "$$SHARDS: no finished shard set; pack one with CO3D_DIR=... CO3D_ANNOTATION_DIR=..."; exit 2; \
+	  echo "$$SHARDS: no finished shard set; pack one with CAPTURES=... or CO3D_DIR=..."; exit 2; \
 	else \
 	  $(BIN)/vggt-prep synth --out $(DEMO)/captures && \
 	  $(BIN)/vggt-prep pack --co3d-dir $(DEMO)/captures/co3d --annotation-dir $(DEMO)/captures/annotations \
@@ -86,13 +88,13 @@ else
 endif
 
 finetune: shards
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train/main.py --config $(CONFIG) \
+	@OMP_NUM_THREADS=1 $(LAUNCH) train/main.py --config $(CONFIG) \
 	  data.shards="$$SHARDS" out_dir="runs/$$RUN" $(if $(INIT),init="$$INIT") $(ARGS)
 
 eval: shards
 	@if $(IS_DEMO); then set -- --min-frames 24; fi; \
 	trained="runs/$$RUN/checkpoints/best"; [ -e "$$trained" ] || trained="runs/$$RUN/checkpoints/latest"; \
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m train.evaluate --shards "$$SHARDS" \
+	OMP_NUM_THREADS=1 $(LAUNCH) -m train.evaluate --shards "$$SHARDS" \
 	  $(if $(INIT),--checkpoint "$$INIT") --checkpoint "$$trained" --out "runs/$$RUN/eval" "$$@" $(ARGS)
 
 test: .venv/installed-dev

@@ -17,6 +17,7 @@ from prep.matches import Pair, View, epipolar_distances, inverse, matched_pairs,
 MIN_PAIRS = 3
 NEAR = 4.0  # pixels from the given cameras' epipolar lines: tracking of a phone is not better
 FITS, BETTER = 0.6, 0.15  # fraction of matches that must be near; by how much another hypothesis must be better
+FOCAL_FACTORS, FOCAL_BETTER = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2), 0.03  # tried; by which they must be better
 MIN_PARALLAX = 1.0  # degrees, of a match that is triangulated
 DEPTH_FITS = 1.15  # factor within which depths and triangulated ones are the same
 UNITS = {1000.0: "depths are 1000 times too large (millimeters?)", 1e-3: "depths are 1000 times too small (meters?)"}
@@ -62,7 +63,12 @@ def check_capture(capture: Capture) -> CaptureCheck:
         words = _wrong_depth(ratio, depths)
     if words is not None:
         return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
-    words = "cameras and images fit" + (", and so do the depths" if ratio is not None else "; no depth to compare with")
+    some = any(a.depth is not None for a, *_ in pairs)
+    without = "too few depths at matches to compare with" if some else "no depth to compare with"
+    words = "cameras and images fit" + (", and so do the depths" if ratio is not None else f"; {without}")
+    focal, score = max(((f, _score(pairs, _longer(f))) for f in FOCAL_FACTORS), key=lambda found: found[1])
+    if score > given + FOCAL_BETTER:
+        words += f"; better with a focal length {focal:g} times as long ({score:.0%} near, not {given:.0%})"
     return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
 
 
@@ -77,6 +83,10 @@ def _exchanged(k: np.ndarray, *, focal: bool, center: bool) -> np.ndarray:
     if center:
         k[0, 2], k[1, 2] = k[1, 2], k[0, 2]
     return k
+
+
+def _longer(factor: float) -> Change:
+    return lambda v: (v.extrinsics, v.intrinsics * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]])
 
 
 FLIP = np.diag([1.0, -1.0, -1.0])

@@ -51,7 +51,9 @@ main.add_command(pack_command)
 @main.command("check")
 @click.argument("captures", nargs=-1, required=True, type=LocalPath())
 @click.option("--format", "layout", type=click.Choice([*FORMATS]), help="Of the captures.  [default: as recognized]")
-@click.option("--intrinsics", type=PinholeNumbers(), help="fx,fy,cx,cy, where the layout has none.")
+@click.option(
+    "--intrinsics", type=PinholeNumbers(), help="fx,fy,cx,cy, where the layout says none; (0, 0) is a pixel's center."
+)
 def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: Intrinsics | None) -> None:
     """Measure whether the cameras of captures fit their images, and their depths the cameras.
 
@@ -74,7 +76,7 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
                 try:
                     checks += [check_capture(capture) for capture in read_captures(name, folder, options)]
                 except ValueError as error:  # the others can be checked
-                    checks.append(CaptureCheck(folder.name, 0, 0.0, None, False, str(error)))
+                    checks.append(CaptureCheck(folder.name, 0, 0.0, None, None, f"not checked: {error}"))
                 bar.advance(task)
     print_checks(checks)
     wrong = [check.name for check in checks if not check.fits]

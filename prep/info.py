@@ -73,7 +73,9 @@ def print_info(shard_set: str) -> None:
     common = sorted(zip(counts, pairs, strict=True), key=lambda item: -item[0])[:5]
     click.echo("width x height: " + ", ".join(f"{w} x {h} ({n:,})" for n, (w, h) in common))
     for name, said in opened.dataset["source"].get("captures", {}).items():
-        metric = {True: "meters", False: "no known unit", None: "a unit that nobody said"}[said["metric"]]
+        metric = {True: "meters", False: "no known unit", None: "an unknown unit (--metric or --no-metric says it)"}[
+            said["metric"]
+        ]
         click.echo(f"{name}: {said['depth']} depth, lengths in {metric}")
     options = ", ".join(f"{key} {value}" for key, value in sorted(opened.dataset["options"].items()))
     click.echo(f"packed with {options}" if options else "packed with unknown options: its index was rebuilt")

@@ -57,7 +57,9 @@ SHOWN = 8  # names of captures
 @click.option("--depth-range", type=(float, float), metavar="NEAR FAR", help="Depths beyond are unknown.")
 @click.option("--trust", is_flag=True, help="Do not measure first whether captures fit; see vggt-prep check.")
 @click.option("--metric/--no-metric", default=None, help="Lengths are meters.  [default: as the layout says]")
-@click.option("--intrinsics", type=PinholeNumbers(), help="fx,fy,cx,cy, where the layout has none.")
+@click.option(
+    "--intrinsics", type=PinholeNumbers(), help="fx,fy,cx,cy, where the layout says none; (0, 0) is a pixel's center."
+)
 @click.option("--co3d-dir", type=LocalPath(), help="Co3D, in place of captures.")
 @click.option("--annotation-dir", type=LocalPath(), help="VGGT's cameras: {cat}_{split}.jgz.")
 @click.option("--set-list", help="Of Co3D's own, what is for training and testing.  [default: fewview_dev]")

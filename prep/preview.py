@@ -81,7 +81,8 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
     known = np.mean([(view.geometry.depth > 0).mean() for view in views])
     k, size = cameras["intrinsics"][0], (int(cameras["width"][0]), int(cameras["height"][0]))
     angle = 2 * np.degrees(np.arctan(size[0] / 2 / k[0, 0]))
-    lines = [f"{count} frames of {size[0]} x {size[1]}, {angle:.0f} degrees wide; depth known at {known:.0%} of pixels"]
+    depth = f"depth known at {100 * known:.2g}% of pixels"
+    lines = [f"{count} frames of {size[0]} x {size[1]}, {angle:.0f} degrees wide; {depth}"]
     pictures = [_strip(views, cameras)]
     if known and count > 1:
         pair = [View(shard_set, first + i, PAIR_HEIGHT) for i in (0, max(1, count // PAIR_STEP))]

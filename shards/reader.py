@@ -52,7 +52,7 @@ def open(location: str | Path, *, check_sizes: bool = True) -> ShardSet:  # noqa
     """
     storage = storage_at(location)
     where = f"{str(location).rstrip('/')}/{DATASET_FILE}"
-    hint = "make one with: vggt-prep pack --co3d-dir ... --annotation-dir ... --out "
+    hint = "make one with: vggt-prep pack CAPTURES... --out "
     hint += shlex.quote(str(location)) if isinstance(storage, LocalStorage) else "DIRECTORY, and copy it there"
     if isinstance(storage, LocalStorage) and not storage.root.is_dir():
         raise ValueError(f"{location}: no such directory; {hint}")

@@ -63,6 +63,17 @@ def test_names_reach_the_commands_as_they_are(make, tmp_path, name):
     ]
 
 
+def test_a_run_is_named_after_its_shards_and_one_process_needs_no_torchrun(make, tmp_path):
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "dataset.json").write_text("")
+    (trained,) = make("finetune", "SHARDS=data/mine/")
+    assert trained[0].endswith("bin/python")
+    assert "out_dir=runs/mine" in trained
+    (several,) = make("finetune", "SHARDS=data/mine", "NPROC=2")
+    assert several[0].endswith("bin/torchrun")
+    assert "--nproc_per_node=2" in several
+
+
 def test_the_demo_is_told_from_other_shards_through_links(make, tmp_path):
     (tmp_path / "data").mkdir()
     synth, packed, trained = make("finetune")

@@ -74,6 +74,9 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
     )
     for shard_set, lengths in zip(split.shard_sets, split.lengths, strict=True):
         print(f"{shard_set}: {len(lengths):,} sequences of {int(lengths.min())} to {int(lengths.max())} frames")
+        short = int((lengths < config.data.views[1]).sum())
+        if short:
+            print(f"{short:,} of them have fewer frames than the {config.data.views[1]} of data.views: some repeat")
     print_plan(plan)
     workers = worker_count(config.data.workers, 1)
     checks: dict[str, float] = {}

@@ -150,4 +150,4 @@ def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig,
 
 
 def _elsewhere(config: TrainConfig) -> str:
-    return f"give another out_dir, or remove {config.out_dir} to start from scratch"
+    return f"give another out_dir (RUN= of make), or remove {config.out_dir} to start from scratch"

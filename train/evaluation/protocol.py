@@ -82,8 +82,8 @@ def _of_set(shard_set: ShardSet, source: int, protocol: Protocol) -> list[EvalSe
         views = f" --views {longest}" if longest < protocol.views else ""
         raise ValueError(
             f"{shard_set}: no sequence of the {protocol.split} split has {protocol.min_frames} frames, as the protocol "
-            f"asks for; the longest has {longest}: give --min-frames {longest}{views} or less; the "
-            "metrics are then not comparable with published ones"
+            f"asks for; the longest has {longest}: give --min-frames {longest}{views} or less "
+            f"(with make ARGS='--min-frames {longest}{views}'); the metrics are then not comparable with published ones"
         )
     if protocol.fast:
         long_enough = _some_of_each_category(rows, long_enough, protocol.seed)

@@ -57,7 +57,7 @@ def run_verdict(gains: list[int], *, seen: bool) -> str:
     """What the gains of a run's metrics (1, 0 or -1 each) mean, and what to do."""
     better, worse = gains.count(1), gains.count(-1)
     if not better and not worse:
-        return "Nothing changed beyond the noise: train for longer, or validate on more scenes (data.val_scenes)."
+        return "Nothing changed beyond the noise: train for longer, or validate on more scenes or captures."
     if not worse:
         places = "places that were trained on, or may have been" if seen else "scenes that were never trained on"
         return f"It got better, on {places}."
@@ -129,7 +129,12 @@ def _in_set(part: dict[str, Any], results: dict[str, Any]) -> str:
 def in_short(results: dict[str, Any], label: str) -> str:
     """A checkpoint's cameras and depth against the best baseline and the first checkpoint, in a sentence or two."""
     sentences = []
-    words = {1: "better than", 0: "indistinguishable from", -1: "worse than", None: "not to be compared with"}
+    words = {
+        1: "better than",
+        0: "indistinguishable from",
+        -1: "worse than",
+        None: "on too few scenes to compare with",
+    }
     for key, other in (("against_baseline", "the baseline"), ("comparisons", next(iter(results["checkpoints"])))):
         by_metric = {c["metric"]: c for c in results[key] if c["after"] == label}
         parts = []
