@@ -22,6 +22,7 @@ MIN_PARALLAX = 1.0  # degrees, of a match that is triangulated
 DEPTH_FITS = 1.15  # factor within which depths and triangulated ones are the same
 UNITS = {1000.0: "depths are 1000 times too large (millimeters?)", 1e-3: "depths are 1000 times too small (meters?)"}
 MIN_DEPTHS = 30
+RELIEF = 0.1  # spread by chance of what is not nearly flat
 NOISE, LIKE_CHANCE = 0.05, 0.5  # spread of depths that fit; over that by chance, from where on they are no better
 BEHIND = 0.3  # fraction of points in front of both cameras, below which the cameras look the other way
 SURE = 2.0  # standard errors
@@ -157,7 +158,7 @@ def _wrong_depth(ratio: float, depths: ComparedDepths) -> str | None:
     """What is wrong with depths that are `ratio` times the triangulated ones in the middle; None: nothing is."""
     steepness, error = _steepness(np.log(depths.lengths), np.log(depths.ratios))
     spread, by_chance = _spread(depths.ratios), _shuffled_spread(depths)
-    if spread > NOISE and spread > LIKE_CHANCE * by_chance:
+    if by_chance > RELIEF and spread > NOISE and spread > LIKE_CHANCE * by_chance:
         return "the depths are not those of what the images show: are they of other frames, or turned?"
     if steepness - SURE * error > 0.5 and 1 / UNIT_OFF < ratio < UNIT_OFF:
         return "the depths are along the pixels' rays, not along the axis: they grow toward the corners"

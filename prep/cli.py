@@ -75,7 +75,7 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
             for name, folder in found:
                 try:
                     checks += [check_capture(capture) for capture in read_captures(name, folder, options)]
-                except ValueError as error:  # the others can be checked
+                except (ValueError, OSError) as error:  # the others can be checked
                     checks.append(CaptureCheck(folder.name, 0, 0.0, None, None, f"not checked: {error}"))
                 bar.advance(task)
     print_checks(checks)

@@ -163,6 +163,8 @@ def pack_source(
             raise ValueError("--annotation-dir, --set-list, --min-quality, --split and --category are for --co3d-dir")
         if sum((test_fraction is not None, bool(test_names), test_tail is not None)) > 1:
             raise ValueError("give one of --test-fraction, --test and --test-tail")
+        if depth_range is not None and not 0 <= depth_range[0] < depth_range[1]:
+            raise ValueError(f"--depth-range {depth_range[0]:g} {depth_range[1]:g}: expected 0 <= NEAR < FAR")
         split = Split(fraction=test_fraction, names=test_names, tail=test_tail)
         found = Captures(
             list(captures),

@@ -121,13 +121,6 @@ class ShardSet:
             raise DamagedIndexError(f"{path}: not the one that {DATASET_FILE} describes; {REPAIR}")
         return map_rows(path, sequence_dtype, "category", "name")
 
-    @cached_property
-    def sparse(self) -> np.ndarray:
-        """Whether the depth of each sequence is that of single points, as the set says of it: bool [sequences]."""
-        said = self.dataset["source"].get("captures", {})
-        names = [name.encode() for name, kinds in said.items() if kinds.get("depth") == "sparse"]
-        return np.isin(self.sequences["name"], np.array(names, "S"))
-
     def index_path(self, name: str) -> Path:
         """Where a file of the index lies on this machine; that of a remote set is fetched once."""
         if isinstance(self.storage, LocalStorage):

@@ -69,15 +69,15 @@ def shared_places(
     part in `tested` and its number in that split; None: all.
     """
     namesakes: defaultdict[tuple[bytes, bytes], list[tuple[ShardSet, np.void]]] = defaultdict(list)
-    of_files: defaultdict[frozenset[str], list[tuple[ShardSet, np.void]]] = defaultdict(list)
+    of_capture: defaultdict[str | None, list[tuple[ShardSet, np.void]]] = defaultdict(list)
     pictures = [np.empty(0, np.uint64)]
     for shard_set, split in trained:
         if split in shard_set.dataset["splits"]:
             pictures.append(_pictures(shard_set)[np.repeat(_in_split(shard_set, split), shard_set.sequences["count"])])
             for row in shard_set.sequences[_in_split(shard_set, split)]:
                 namesakes[_key(row)].append((shard_set, row))
-                if files := _capture_files(shard_set, row):
-                    of_files[files].append((shard_set, row))
+                if capture := _capture(shard_set, row):
+                    of_capture[capture].append((shard_set, row))
     all_trained = np.unique(np.concatenate(pictures))
     counts = np.zeros(4, int)
     for place, (shard_set, split) in enumerate(tested):
@@ -86,7 +86,7 @@ def shared_places(
             if only is None or (place, number) in only:
                 others = namesakes.get(_key(row), [])
                 same = [(other, match) for other, match in others if _same_source(other, shard_set, row)]
-                same += of_files.get(_capture_files(shard_set, row), [])
+                same += of_capture.get(_capture(shard_set, row), [])
                 seen = known[_frames(row)]
                 for other, match in same:
                     seen |= np.isin(_names(shard_set, row), _names(other, match))
@@ -116,12 +116,9 @@ def _annotations(shard_set: ShardSet, sequence: np.void) -> set[str]:
     return {files[name] for name in names if name in files}
 
 
-def _capture_files(shard_set: ShardSet, sequence: np.void) -> frozenset[str]:
-    """The digests of all files that say what a capture is; nothing of other sets. Its folder may have been renamed."""
-    source, name = shard_set.dataset["source"], sequence["name"].decode()
-    if source.get("kind") != "captures":
-        return frozenset()
-    return frozenset(digest for file, digest in source["annotations"].items() if file.rpartition("/")[0] == name)
+def _capture(shard_set: ShardSet, sequence: np.void) -> str | None:
+    """What tells a capture from others, whatever its folder is called; None of other sets."""
+    return shard_set.dataset["source"].get("captures", {}).get(sequence["name"].decode(), {}).get("digest")
 
 
 def _frames(sequence: np.void) -> slice:

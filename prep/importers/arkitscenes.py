@@ -7,13 +7,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from prep.importers.cameras import OpenCVCamera, interpolated, inverted, pinhole, rigid
+from prep.importers.cameras import SAME_TIME, OpenCVCamera, interpolated, inverted, pinhole, rigid
 from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
 
 TITLE = "lowres_wide.traj, lowres_wide/ or vga_wide/ (ARKitScenes)"
 TRAJECTORY = "lowres_wide.traj"
 IMAGES = ("vga_wide", "lowres_wide")  # the larger ones first
-SAME_TIME = 2e-3  # seconds: file names are rounded to one
 MOST_APART = 0.2  # seconds from the nearest pose
 
 
@@ -27,30 +26,29 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     images = next(found for name in IMAGES if (found := _by_time(folder / name)) or name == IMAGES[-1])
     cameras = _by_time(folder / f"{_kind(images)}_intrinsics") or _by_time(folder / "lowres_wide_intrinsics")
     depths = _by_time(folder / "lowres_depth")
+    camera_times, depth_times = (np.fromiter(files, np.float64) for files in (cameras, depths))
     frames, unusable = [], []
     turns = _quarter_turns(poses)
     for time, image in images.items():
         name = str(image.relative_to(folder))
-        camera = _nearest(cameras, time)
-        if len(times) < 2 or np.abs(times - time).min() > MOST_APART:
-            unusable.append((name, "no pose near the time of the image"))
-            continue
+        camera = _nearest(cameras, camera_times, time)
         try:
             if camera is None:
                 raise ValueError("image without a .pincam")
             width, height, *numbers = map(float, camera.read_text().split())
-            extrinsics = inverted(interpolated(time, times, poses))
+            size = int(height), int(width)
+            extrinsics = inverted(interpolated(time, times, poses, MOST_APART))
             matrix = pinhole(*numbers, corner=True)
-        except (TypeError, ValueError) as error:
+        except (OSError, OverflowError, TypeError, ValueError) as error:
             unusable.append((name, str(error)))
             continue
-        depth = _nearest(depths, time)
+        depth = _nearest(depths, depth_times, time)
         frames.append(
             Frame(
                 name=image.stem.replace(".", "_"),
                 path=name,
                 image=image,
-                size=(int(height), int(width)),
+                size=size,
                 depth=DepthFile(path=depth, unit=1e-3) if depth is not None else None,
                 mask=None,
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
@@ -89,13 +87,11 @@ def _kind(images: dict[float, Path]) -> str:
     return next(iter(images.values())).parent.name if images else IMAGES[-1]
 
 
-def _nearest(files: dict[float, Path], time: float) -> Path | None:
-    """The file of a time that is the same but for rounding."""
-    times = np.fromiter(files, np.float64)
-    if not len(times):
-        return None
-    near = float(times[np.abs(times - time).argmin()])
-    return files[near] if abs(near - time) <= SAME_TIME else None
+def _nearest(files: dict[float, Path], times: np.ndarray, time: float) -> Path | None:
+    """The file of a time that is the same but for rounding; times: all of theirs, in order."""
+    i = int(np.searchsorted(times, time))
+    near = min(times[max(0, i - 1) : i + 1], key=lambda other: abs(other - time), default=np.inf)
+    return files[float(near)] if abs(near - time) <= SAME_TIME else None
 
 
 def _quarter_turns(poses: np.ndarray) -> int:

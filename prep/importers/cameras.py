@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -9,6 +10,7 @@ import numpy as np
 
 from prep.importers.source import Distortion
 
+SAME_TIME = 2e-3  # seconds: where times are rounded
 FLIP_YZ = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's y is up, and its z backward
 
 
@@ -23,6 +25,20 @@ class OpenCVCamera:
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Extrinsics [3, 4] and intrinsics [3, 3]; the size of the image does not matter."""
         return self.extrinsics, self.intrinsics
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldOfView:
+    """A camera whose horizontal field of view alone is known, in radians; extrinsics [3, 4] as we store them."""
+
+    extrinsics: np.ndarray
+    angle: float
+    distortion: None = None
+
+    def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Extrinsics [3, 4] and intrinsics [3, 3] of an image of this size: square pixels, centered."""
+        focal = width / 2 / math.tan(self.angle / 2)
+        return self.extrinsics, pinhole(focal, focal, width / 2, height / 2, corner=True)
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float, *, corner: bool = False) -> np.ndarray:
@@ -65,14 +81,18 @@ def from_quaternion(xyzw: np.ndarray, position: np.ndarray) -> np.ndarray:
     return rigid(np.array(rotation), position)
 
 
-def interpolated(time: float, times: np.ndarray, poses: np.ndarray) -> np.ndarray:
-    """4 x 4 camera-to-world of poses [n, 4, 4] at a time within the (sorted) times [n], at least two.
+def interpolated(time: float, times: np.ndarray, poses: np.ndarray, most_apart: float) -> np.ndarray:
+    """4 x 4 camera-to-world of poses [n, 4, 4] at a time, by the (sorted) times [n] in seconds.
 
-    The place moves in a straight line, the rotation about a fixed axis.
+    The place moves in a straight line, the rotation about a fixed axis. Raises ValueError unless there is a pose at the
+    time, or one before and one after that are not farther than most_apart.
     """
-    i = int(np.clip(np.searchsorted(times, time), 1, len(times) - 1))
+    i = int(np.clip(np.searchsorted(times, time), 1, max(1, len(times) - 1)))
+    before, after = (time - times[i - 1], times[i] - time) if len(times) > 1 else (np.inf, np.inf)
+    if min(abs(before), abs(after)) > SAME_TIME and not (0 <= before <= most_apart and 0 <= after <= most_apart):
+        raise ValueError("no pose near the time of the image")
     a, b = poses[i - 1], poses[i]
-    t = float(np.clip((time - times[i - 1]) / max(times[i] - times[i - 1], 1e-12), 0, 1))
+    t = float(np.clip(before / max(before + after, 1e-12), 0, 1))
     if not np.isfinite([a, b]).all():
         return np.full((4, 4), np.nan)
     turn, _ = cv2.Rodrigues(a[:3, :3].T @ b[:3, :3])

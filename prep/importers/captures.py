@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -82,11 +83,13 @@ class Captures:
         return {}
 
     def describe(self) -> dict[str, Any]:
-        files = {f"{capture.name}/{file.name}": sha256(file) for capture in self.found for file in capture.files}
-        kinds = {capture.name: {"depth": capture.depth_kind, "metric": capture.metric} for capture in self.found}
+        kinds = {
+            capture.name: {"depth": capture.depth_kind, "metric": capture.metric, "digest": _digest(capture)}
+            for capture in self.found
+        }
         told = {"every": self.options.every, "intrinsics": self.options.intrinsics}
         told |= {key: value for key in ("min_motion", "depth_range") if (value := getattr(self.options, key))}
-        return {"kind": "captures", "formats": sorted({*self.formats}), "annotations": files, "captures": kinds} | told
+        return {"kind": "captures", "formats": sorted({*self.formats}), "captures": kinds} | told
 
     def sequences(self) -> Iterator[Sequence]:
         for split in SPLITS:
@@ -108,6 +111,14 @@ def read_captures(layout: str, folder: Path, options: CaptureOptions) -> list[Ca
     return captures
 
 
+def _digest(capture: Capture) -> str:
+    """What tells a capture from others, whatever it is called: its files, and a picture, as a rig makes many alike."""
+    digest = hashlib.sha256()
+    for path in [*capture.files, capture.frames[0].image]:
+        digest.update((sha256(path) if path.is_file() else "").encode())
+    return digest.hexdigest()
+
+
 def _reduced(capture: Capture, options: CaptureOptions) -> Capture:
     metric = capture.metric if options.metric is None else options.metric
     frames = capture.frames[:: options.every]
@@ -126,16 +137,19 @@ def _moving(frames: list[Frame], degrees: float, fraction: float) -> list[Frame]
     """The first frame, and each whose camera turned or moved enough since the one that was taken before."""
     poses = [frame.camera.opencv(*(frame.size or (1, 1)))[0] for frame in frames]
     centers = np.array([-pose[:, :3].T @ pose[:, 3] for pose in poses]).reshape(-1, 3)
-    extent = np.linalg.norm(np.ptp(centers, axis=0)) if frames else 0.0
-    taken: list[int] = []
+    finite = [bool(np.isfinite(center).all()) for center in centers]
+    extent = np.linalg.norm(np.ptp(centers[finite], axis=0)) if any(finite) else 0.0
+    taken: list[Frame] = []
+    last = None
     for i, pose in enumerate(poses):
-        if taken:
-            turn = np.trace(pose[:, :3] @ poses[taken[-1]][:, :3].T)
+        if finite[i] and last is not None:
+            turn = np.trace(pose[:, :3] @ poses[last][:, :3].T)
             turned = np.degrees(np.arccos(np.clip((turn - 1) / 2, -1, 1)))
-            if turned < degrees and np.linalg.norm(centers[i] - centers[taken[-1]]) < fraction * extent:
+            if turned < degrees and np.linalg.norm(centers[i] - centers[last]) < fraction * extent:
                 continue
-        taken.append(i)
-    return [frames[i] for i in taken]
+        last = i if finite[i] else last
+        taken.append(frames[i])
+    return taken
 
 
 def _told_apart(captures: list[Capture]) -> list[Capture]:
@@ -189,10 +203,9 @@ def _last_images(captures: list[Capture], fraction: float, min_frames: int) -> s
     places = defaultdict[Path, dict[Path, None]](dict)
     for capture in captures:
         places[capture.place] |= dict.fromkeys(frame.image for frame in capture.frames)
-    last = set[Path]()
+    last, models = set[Path](), Counter(capture.place for capture in captures)
     for place, images in places.items():
-        shared = sum(capture.place == place for capture in captures) > 1
-        ordered = sorted(images, key=by_number) if shared else list(images)
+        ordered = sorted(images, key=by_number) if models[place] > 1 else list(images)
         tail = max(round(fraction * len(ordered)), min(min_frames, len(ordered) // 2))
         last |= {*ordered[len(ordered) - tail :]}
     return last

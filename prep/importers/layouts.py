@@ -53,7 +53,7 @@ FORMATS: dict[str, Layout] = {
 }
 # What cannot be read, by patterns of its files, and what to do.
 UNREAD = {
-    ("transforms_train.json",): "It looks like a NeRF scene, which cannot be read: rename its file to transforms.json",
+    ("transforms_train.json",): "It looks like a NeRF scene in splits: rename the file of one to transforms.json",
     ("*.mp4", "*.mov", "*.MP4", "*.MOV"): "It holds a video: extract frames first, as with "
     "ffmpeg -i VIDEO -vf fps=2 images/%05d.jpg, and find their cameras, as with COLMAP",
     ("*.r3d",): "It holds an archive of Record3D: unpack it, it is a zip file",
@@ -81,7 +81,8 @@ def passed_over(folder: Path, captures: list[Path]) -> list[str]:
     """The names of a folder's own folders in which none of the captures that were found in it lies."""
     if folder in captures:
         return []
-    return [path.name for path in _inner(folder) if not any(path in (place, *place.parents) for place in captures)]
+    above = {path for place in captures for path in (place, *place.parents)}
+    return [path.name for path in _inner(folder) if path not in above]
 
 
 def _inner(folder: Path) -> list[Path]:

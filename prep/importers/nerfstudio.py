@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prep.importers.cameras import OpenCVCamera, from_opengl, pinhole
+from prep.importers.cameras import FieldOfView, OpenCVCamera, from_opengl, pinhole
 from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, by_number, frame_name, one_capture
 
 TITLE = "transforms.json (nerfstudio)"
@@ -72,7 +71,7 @@ def read_frames(
             values = content | entry
             extrinsics = to_extrinsics(_pose(values["transform_matrix"]))
             frames.append(_frame(path.parent, values, extrinsics, depth_of(values)))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             name = entry.get("file_path", number) if isinstance(entry, dict) else number
             reason = f"no {error.args[0]} in {path.name}" if isinstance(error, KeyError) else str(error)
             unusable.append((str(name), reason))
@@ -99,7 +98,7 @@ def _frame(folder: Path, values: dict[str, Any], extrinsics: np.ndarray, depth: 
         depth=depth,
         mask=mask,
         mask_above=0,
-        camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=_intrinsics(values), distortion=_distortion(values)),
+        camera=_camera(values, extrinsics),
     )
 
 
@@ -110,13 +109,12 @@ def _image(folder: Path, name: str) -> Path:
     return next((found for suffix in SUFFIXES if (found := path.with_name(path.name + suffix)).exists()), path)
 
 
-def _intrinsics(values: dict[str, Any]) -> np.ndarray:
-    if "fl_x" in values:
-        focal = float(values["fl_x"])
-        return pinhole(focal, float(values.get("fl_y", focal)), float(values["cx"]), float(values["cy"]), corner=True)
-    width, height = float(values["w"]), float(values["h"])
-    focal = width / 2 / math.tan(float(values["camera_angle_x"]) / 2)
-    return pinhole(focal, focal, width / 2, height / 2, corner=True)
+def _camera(values: dict[str, Any], extrinsics: np.ndarray) -> OpenCVCamera | FieldOfView:
+    if "fl_x" not in values and "camera_angle_x" in values:
+        return FieldOfView(extrinsics=extrinsics, angle=float(values["camera_angle_x"]))
+    focal = float(values["fl_x"])
+    k = pinhole(focal, float(values.get("fl_y", focal)), float(values["cx"]), float(values["cy"]), corner=True)
+    return OpenCVCamera(extrinsics=extrinsics, intrinsics=k, distortion=_distortion(values))
 
 
 def _distortion(values: dict[str, Any]) -> Distortion | None:

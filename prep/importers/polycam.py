@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, from_opengl, pinhole
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_number, one_capture
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_number, by_stem, one_capture
 
 TITLE = "keyframes/{images,cameras,depth}/ (Polycam)"
 # The corrected ones are Polycam's own after bundle adjustment, where it has made them.
@@ -24,23 +24,23 @@ def is_there(folder: Path) -> bool:
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     keyframes = folder / "keyframes"
     cameras, images = next(pair for pair in FOLDERS if any((keyframes / pair[0]).glob("*.json")))
-    frames, unusable = [], []
+    frames, unusable, found = [], [], by_stem(keyframes / images)
     files = sorted((keyframes / cameras).glob("*.json"), key=by_number)
     for file in files:
         try:
-            frames.append(_frame(keyframes, images, file))
+            frames.append(_frame(keyframes, found, file))
         except KeyError as error:
             unusable.append((str(file.relative_to(folder)), f"camera without {error.args[0]}"))
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, OverflowError, TypeError, ValueError) as error:
             unusable.append((str(file.relative_to(folder)), f"camera is not readable ({error})"))
     return one_capture(folder, frames, unusable, files, True)
 
 
-def _frame(keyframes: Path, images: str, file: Path) -> Frame:
+def _frame(keyframes: Path, images: dict[str, Path], file: Path) -> Frame:
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     pose = np.vstack([np.array([float(values[key]) for key in POSE]).reshape(3, 4), [0, 0, 0, 1]])
     camera = pinhole(*(float(values[key]) for key in ("fx", "fy", "cx", "cy")), corner=True)
-    image = next(iter(sorted((keyframes / images).glob(f"{file.stem}.*"))), keyframes / images / f"{file.stem}.jpg")
+    image = images.get(file.stem, file.with_suffix(".jpg"))
     depth = keyframes / "depth" / f"{file.stem}.png"
     return Frame(
         name=file.stem,

@@ -29,7 +29,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         cameras = _cameras(content, len(poses))
     except KeyError as error:
         raise ValueError(f"{path}: has no key {error.args[0]}") from error
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not readable as Record3D's metadata ({error})") from error
     if poses.ndim != 2 or poses.shape[1] != 7:
         raise ValueError(f"{path}: expected poses of 7 numbers (x y z w of a quaternion, a place), found {poses.shape}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from prep.importers.cameras import OpenCVCamera, inverted, read_matrix
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_stem, one_capture
 
 TITLE = "color/, depth/, pose/, intrinsic/ (ScanNet)"
 CAMERA, DEPTH_CAMERA = "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt"
@@ -22,12 +24,14 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     for path in files:
         try:
             matrices[path] = read_matrix(path.read_text(), 4, 4)[:3, :3]
+            if not np.isfinite(matrices[path]).all() or matrices[path][0, 0] <= 0 or matrices[path][1, 1] <= 0:
+                raise ValueError("its focal lengths are not positive numbers")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     matrix, of_depth = matrices[folder / CAMERA], matrices.get(folder / DEPTH_CAMERA)
-    frames, unusable = [], []
+    frames, unusable, images = [], [], by_stem(folder / "color")
     for pose in sorted((folder / "pose").glob("*.txt"), key=lambda path: (len(path.stem), path.stem)):
-        image = next(iter(sorted((folder / "color").glob(f"{pose.stem}.*"))), folder / "color" / f"{pose.stem}.jpg")
+        image = images.get(pose.stem, folder / "color" / f"{pose.stem}.jpg")
         files.append(pose)
         try:
             extrinsics = inverted(read_matrix(pose.read_text(), 4, 4))

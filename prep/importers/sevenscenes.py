@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prep.importers.cameras import OpenCVCamera, inverted, pinhole, read_matrix
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
+from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_stem, one_capture
 
 TITLE = "frame-NNNNNN.{color,depth,pose} (7-Scenes)"
 INTRINSICS_FILE = "camera-intrinsics.txt"
@@ -23,11 +23,11 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         matrix = read_matrix(file.read_text(), 3, 3)
     else:
         matrix = pinhole(*(intrinsics or DEFAULT))
-    frames, unusable = [], []
+    frames, unusable, images = [], [], by_stem(folder)
     poses = sorted(folder.glob("frame-*.pose.txt"))
     for pose in poses:
         stem = pose.name.removesuffix(".pose.txt")
-        image = next(iter(sorted(folder.glob(f"{stem}.color.*"))), folder / f"{stem}.color.png")
+        image = images.get(f"{stem}.color", folder / f"{stem}.color.png")
         depth = folder / f"{stem}.depth.png"
         try:
             extrinsics = inverted(read_matrix(pose.read_text(), 4, 4))

@@ -121,6 +121,12 @@ def one_capture(
     return [Capture(name=name, place=folder, frames=frames, unusable=unusable, files=files, metric=metric)]
 
 
+def by_stem(folder: Path) -> dict[str, Path]:
+    """The files of a folder by their names without the last suffix; of several the first."""
+    paths = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    return {path.stem: path for path in paths}
+
+
 def by_number(path: Path | str) -> list[tuple[int, str]]:
     """A key to sort paths by that puts 10.jpg behind 9.jpg."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]

@@ -35,16 +35,14 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     depth_times = np.array([time for time, _ in depths])
     frames, unusable = [], []
     for time, name in images:
-        if len(times) < 2 or np.abs(times - time).min() > MOST_APART:
-            unusable.append((name, "no pose near the time of the image"))
-            continue
         near = int(np.abs(depth_times - time).argmin()) if depths else None
         depth = None
         if near is not None and abs(depth_times[near] - time) <= MOST_APART:
             depth = DepthFile(path=folder / depths[near][1], unit=DEPTH_UNIT)
-        pose = interpolated(time, times, poses)
-        if not np.isfinite(pose).all():
-            unusable.append((name, "pose without a rotation"))
+        try:
+            extrinsics = inverted(interpolated(time, times, poses, MOST_APART))
+        except ValueError as error:
+            unusable.append((name, str(error)))
             continue
         frames.append(
             Frame(
@@ -54,7 +52,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 size=None,
                 depth=depth,
                 mask=None,
-                camera=OpenCVCamera(extrinsics=inverted(pose), intrinsics=pinhole(*intrinsics)),
+                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=pinhole(*intrinsics)),
             )
         )
     files = [path for name in ("rgb", "depth", "groundtruth") if (path := folder / f"{name}.txt").is_file()]

@@ -191,6 +191,8 @@ def _read_float(path: Path) -> np.ndarray:
             values = _only_array(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
         else:
             values = read_image(read_file(path, "depth"), "depth")
+        if values.dtype.kind != "f":
+            raise BadFrameError("depth is of integers, whose unit is not known")
         values = np.squeeze(np.asarray(values, np.float32))
     except (ValueError, EOFError, OSError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise error if isinstance(error, BadFrameError) else BadFrameError("depth is damaged", str(error)) from error

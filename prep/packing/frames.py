@@ -59,6 +59,9 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     if np.abs(extrinsics[:, 3]).max() > MAX_SOURCE_TRANSLATION:
         raise BadFrameError("camera is too far from the origin", f"{extrinsics[:, 3]}")
     extrinsics = orthonormalized(extrinsics)
+    if distortion is not None and not np.isfinite(distortion.coefficients).all():
+        raise BadFrameError("camera is not finite")
+    of_source = intrinsics
     lens = None if distortion is None else lens_of(intrinsics, distortion, *source)
     if lens is not None:
         image, intrinsics = lens.image(image), lens.intrinsics
@@ -75,7 +78,7 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     if scale < 1 or not as_jpeg:
         data = encode_jpeg(np.ascontiguousarray(np.rot90(image, turns)), options.quality)
     depth, depth_scale, median_depth = None, 1.0, None
-    target = Target(source, size, factor, lens, intrinsics, turns)
+    target = Target(source, size, factor, lens, of_source, turns)
     intrinsics = scale_intrinsics(intrinsics, factor[1], factor[0])
     if frame.depth is not None:
         halves, depth_scale, median_depth = stored_depth(frame, target, extrinsics, intrinsics)

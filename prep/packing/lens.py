@@ -27,7 +27,7 @@ class Lens:
     def __init__(self, intrinsics: np.ndarray, distortion: Distortion, height: int, width: int) -> None:
         self.source, self.distortion, self.size = intrinsics, distortion, (height, width)
         self._coefficients = np.array(distortion.coefficients, np.float64)
-        self._kept: tuple[Hashable, Any] | None = None
+        self._kept: dict[Hashable, Any] = {}
         center = np.array([(width - 1) / 2, (height - 1) / 2])
         sides = np.linspace(-0.5, 0.5, BORDER_STEPS)
         half = np.array([width, height]) / 2
@@ -80,9 +80,11 @@ class Lens:
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made again only for another key: frames of a capture mostly need the same."""
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, make()
-        return self._kept[1]
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = make()
+            self._kept = dict([*self._kept.items()][-1:]) | {key: kept}  # of the depth and of its mask
+        return kept
 
 
 @lru_cache(maxsize=1)  # frames of a capture mostly have one camera; maps are as large as images

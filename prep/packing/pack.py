@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -70,10 +71,8 @@ def pack(
     if not total:
         reasons = "".join(f"; {count} annotated sequences skipped: {why}" for why, count in source.skipped.items())
         raise PackError(f"no frame to pack{reasons}")
-    job = {
-        "source": source.describe() | {"plan": plan_digest(plan)},
-        "options": asdict(options),
-    }
+    described = source.describe() | {"plan": plan_digest(plan)}
+    job = json.loads(json.dumps({"source": described, "options": asdict(options)}))  # as it will be read again
     check_place(out, job)
     work = out / WORK_FOLDER
     if is_whole(out) and not (work / JOB_FILE).exists():  # where there is a job, another pack may be at work

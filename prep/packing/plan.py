@@ -66,7 +66,7 @@ def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -
             in_both += key in trained
             if len(images) > 1:
                 images = [np.unique(np.concatenate(images))]
-            same = np.flatnonzero(np.isin(hashes, images[0]))
+            same = np.flatnonzero(_are_in(hashes, images[0]))
             if len(same) and not allow_shared_frames:
                 raise PackError(
                     f"{sequence.frames[same[0]].path} is in the train and in the test split, with {len(same) - 1} more "
@@ -74,6 +74,13 @@ def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -
                     "annotations, only one --split, another --test, or --allow-shared-frames"
                 )
     return plan, in_both
+
+
+def _are_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which of them are among many in order: np.isin would go through all of these each time."""
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
 
 
 def _filled(source: Source, options: PackOptions) -> Iterator[tuple[str, str, list[Sequence]]]:

@@ -45,13 +45,13 @@ def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> Sh
     cv2.setNumThreads(1)  # there is a worker a core
     tar, record, index = out / f"{job.name}.tar", record_file(out, job.name), None
     known = json.loads(record.read_bytes()) if record.is_file() else None
-    if known is not None and tar.is_file() and known["index"]["sha256"] == sha256(tar):
+    if known is not None and known["index"] and tar.is_file() and known["index"]["sha256"] == sha256(tar):
         report, made = {key: known[key] for key in NOTHING_TO_REPORT}, True
     else:
         report, made = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
     if made:
-        made = index_file(tar, out / WORK_FOLDER)
-        index = {"size": made.size, "sha256": made.sha256, "sequences": made.sequences}
+        indexed = index_file(tar, out / WORK_FOLDER)
+        index = {"size": indexed.size, "sha256": indexed.sha256, "sequences": indexed.sequences}
     write_json(record, {"index": index} | report)
     return ShardDone(frames=job.frames, bytes=index["size"] if index else 0, bad=len(report["bad"]))
 

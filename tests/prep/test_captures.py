@@ -16,6 +16,7 @@ from layout_writers import WRITERS, rendered, write_depth, write_image
 from scipy.spatial.transform import Rotation
 
 import shards
+from prep.importers.cameras import interpolated
 from prep.importers.captures import CaptureOptions, Captures, Split, _assign, _last_images
 from prep.importers.source import Distortion
 from prep.packing.lens import Lens
@@ -326,6 +327,55 @@ def test_an_image_of_two_models_of_a_project_is_in_one_split(views, tmp_path):
         make_plan(found, PackOptions(), allow_shared_frames=False)
 
 
+@pytest.mark.parametrize("layout", ["nerfstudio", "wai", "polycam", "record3d", "arkitscenes"])
+def test_numbers_that_are_none_are_reasons_and_no_tracebacks(views, tmp_path, layout):
+    WRITERS[layout](tmp_path / "capture", views)
+    for path in sorted((tmp_path / "capture").rglob("*.json")) + sorted((tmp_path / "capture").rglob("*.pincam")):
+        text = path.read_text()
+        for size in ("240", "320"):
+            text = text.replace(f" {size}", " Infinity").replace(f"{size} ", "inf ")
+        path.write_text(text)
+    done = vggt_prep("check", tmp_path / "capture")
+    assert done.returncode == 1
+    assert "Infinity" in done.stdout + done.stderr or "infinity" in done.stdout + done.stderr
+
+
+def test_a_lens_of_numbers_that_are_none_is_no_camera(views, tmp_path):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    path.write_text(path.read_text().replace('"frames"', '"k1": NaN, "frames"', 1))
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", "--trust")
+    assert done.returncode == 1
+    assert "8 frames are bad" in done.stderr
+    assert "8 x camera is not finite" in done.stderr
+
+
+def test_a_field_of_view_alone_makes_a_camera(views, tmp_path):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    content = json.loads(path.read_text())
+    for entry in content["frames"]:
+        for key in ("fl_x", "fl_y", "cx", "cy", "w", "h"):
+            del entry[key]
+    path.write_text(json.dumps(content | {"camera_angle_x": 1.2}))
+    opened = pack(tmp_path / "capture", tmp_path / "set", "--trust")
+    height, width = views[0].depth.shape
+    focal = width / 2 / np.tan(0.6)
+    k = [[focal, 0, width / 2 - 0.5], [0, focal, height / 2 - 0.5], [0, 0, 1]]
+    assert np.abs(opened.frames["intrinsics"] - np.array(k)).max() < 1e-9
+
+
+def test_poses_are_between_two_or_at_their_time():
+    poses = np.stack([np.eye(4)] * 3)
+    poses[:, 0, 3] = [0, 1, 2]
+    times = np.array([1.0, 1.1, 1.9])
+    assert interpolated(1.05, times, poses, 0.2)[0, 3] == pytest.approx(0.5)
+    assert interpolated(0.999, times, poses, 0.2)[0, 3] == 0
+    for time in (0.9, 1.5, 2.0):
+        with pytest.raises(ValueError, match="no pose near the time of the image"):
+            interpolated(time, times, poses, 0.2)
+
+
 def test_of_several_arrays_the_one_called_depth_is_taken(views, tmp_path):
     WRITERS["frames"](tmp_path / "capture", views)
     table = tmp_path / "capture" / "frames.csv"
@@ -347,9 +397,18 @@ def test_frames_of_a_slow_camera_are_left_out_and_depths_beyond_a_range_are_unkn
     assert [name.decode() for name in np.sort(opened.frames["name"])] == [f"i-{3 * i:03d}" for i in range(len(views))]
     for number, view in zip(in_order(opened), views, strict=True):
         assert ((depth_of(opened, number) > 0) == ((view.depth >= 1.0) & (view.depth <= 2.5))).mean() > 0.999
-    turned = json.loads((tmp_path / "set" / "dataset.json").read_text())["source"]
-    assert turned["min_motion"] == [1, 0.02]
-    assert turned["depth_range"] == [1.0, 2.5]
+    said = json.loads((tmp_path / "set" / "dataset.json").read_text())["source"]
+    assert (said["min_motion"], said["depth_range"]) == ([1, 0.02], [1.0, 2.5])
+    done = vggt_prep(
+        "pack", tmp_path / "capture", "--out", tmp_path / "set", "--test-tail", 0.5, "--min-frames", 1, *options
+    )
+    assert "packed before: nothing to do" in done.stdout, done.stderr
+    table = tmp_path / "capture" / "frames.csv"
+    lines = table.read_text().splitlines()
+    lines[4] = ",".join([*lines[4].split(",")[:2], "nan", *lines[4].split(",")[3:]])
+    table.write_text("\n".join(lines))
+    (capture,) = Captures([tmp_path / "capture"], CaptureOptions(min_motion=(1, 0.02))).found
+    assert len(capture.frames) == len(views) + 1  # a pose that is not finite is told when packing, and hides nothing
 
 
 def test_heic_images_are_read_and_damaged_ones_named(views, tmp_path):
@@ -433,6 +492,7 @@ def test_a_capture_without_a_usable_frame_and_two_frames_of_one_name_are_errors(
         (["two", "--format", "nerfstudio"], "expected a list `frames` that is not empty"),
         (["two", "--format", "tum"], "TUM's layout does not say the camera: give --intrinsics fx,fy,cx,cy"),
         (["two", "--category", "x"], "are for --co3d-dir"),
+        (["seven", "--depth-range", 9, 0.1], "--depth-range 9 0.1: expected 0 <= NEAR < FAR"),
         ([], "give either folders of captures, or --co3d-dir"),
         (["seven", "--test", "x"], "--test x: no such capture; there are seven"),
     ],
@@ -444,12 +504,7 @@ def test_what_cannot_be_packed_is_said(views, tmp_path, arguments, words):
     for name in ("rgb.txt", "groundtruth.txt"):
         (tmp_path / "two" / name).write_text("")
     WRITERS["sevenscenes"](tmp_path / "seven", views[:1])
-    given = [
-        tmp_path / name
-        if (tmp_path / name).parent == tmp_path and not name.startswith("-") and name not in ("x", "tum", "nerfstudio")
-        else name
-        for name in arguments
-    ]
+    given = [tmp_path / name if name in ("empty", "gone", "two", "seven") else name for name in arguments]
     done = vggt_prep("pack", *given, "--out", tmp_path / "set")
     assert done.returncode == 1
     assert words in " ".join(done.stderr.split())

@@ -11,7 +11,7 @@ from conftest import vggt_prep
 from golden_figures import SHARED
 from layout_writers import ALL, WRITERS, on_its_side, rendered, write_arkitscenes_as_stored
 
-from prep.check import check_capture
+from prep.check import ComparedDepths, _wrong_depth, check_capture
 from prep.importers.captures import CaptureOptions, Captures
 
 REAL = SHARED / "captures"
@@ -133,6 +133,14 @@ def test_depths_of_anything_else_and_cameras_that_look_the_other_way_do_not_fit(
         for frame in capture.frames
     ]
     assert "if the translations had the other sign" in check_capture(replace(capture, frames=frames)).words
+
+
+def test_noisy_depths_of_a_flat_scene_are_not_taken_for_those_of_another():
+    rng = np.random.default_rng(0)
+    z = 2 * (1 + rng.uniform(-0.05, 0.05, 500))
+    stored = z * np.exp(rng.normal(0, 0.1, 500))
+    compared = ComparedDepths(stored=stored, ratios=stored / z, lengths=rng.uniform(1, 1.2, 500))
+    assert _wrong_depth(float(np.median(compared.ratios)), compared) is None
 
 
 @pytest.mark.slow

@@ -277,6 +277,19 @@ def test_a_capture_is_known_under_another_name_and_in_another_size(tmp_path):
     assert (found.sequences, found.frames) == (1, 7)
 
 
+def test_captures_of_other_things_by_one_rig_are_not_the_same(tmp_path):
+    """Their cameras are equal to the byte, and so are the names of their frames."""
+    for name, seed in (("cup", 3), ("shoe", 4)):
+        WRITERS["frames"](tmp_path / name, rendered(frames=12, seed=seed))
+    (tmp_path / "shoe" / "frames.csv").write_bytes((tmp_path / "cup" / "frames.csv").read_bytes())
+    done = vggt_prep(
+        "pack", tmp_path / "cup", tmp_path / "shoe", "--out", tmp_path / "set", "--test", "shoe", "--trust"
+    )
+    assert done.returncode == 0, done.stderr
+    opened = shards.open(tmp_path / "set")
+    assert not shared_places([(opened, "train")], [(opened, "test")]).any
+
+
 def test_what_is_not_known_of_a_checkpoint_is_said(shard_dir, tmp_path):
     """Of one that does not say or is gone, and where another set took the place of the one trained on."""
     (tmp_path / "other.pt").write_bytes(b"no checkpoint")

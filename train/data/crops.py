@@ -50,17 +50,25 @@ def crop_image(
 
 
 def crop_depth(depth: np.ndarray, center: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
-    """The same crop of a depth map, each pixel taken from its nearest one: depths are never averaged. [H, W]."""
+    """The same crop of a depth map, each pixel taken from its nearest one: depths are never averaged. [H, W].
+
+    Of sparse points, or of depth coarser than the image, each has its one pixel: picking would lose most of them.
+    """
+    if are_scattered(depth):
+        return crop_points(depth, center, scale, shape)
     columns = nearest((np.arange(shape.width) - (shape.width - 1) / 2) / scale + center[0], depth.shape[1])
     rows = nearest((np.arange(shape.height) - (shape.height - 1) / 2) / scale + center[1], depth.shape[0])
     return depth[rows][:, columns]
 
 
-def crop_points(depth: np.ndarray, center: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
-    """The same crop of a depth map of single points, each in one pixel: picking would lose most of them. [H, W].
+def are_scattered(depth: np.ndarray) -> bool:
+    """Whether most of the known pixels of a depth map [H, W] have no known neighbor to their right."""
+    known = depth != 0 if depth.dtype != np.float16 else depth.view(np.uint16) != 0  # numpy is slow with half floats
+    return bool(2 * np.count_nonzero(known[:, 1:] & known[:, :-1]) < np.count_nonzero(known))
 
-    Where several meet, the nearest is kept: it may hide the others.
-    """
+
+def crop_points(depth: np.ndarray, center: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
+    """As crop_depth, of scattered points. Where several meet, the nearest is kept: it may hide the others."""
     rows, columns = np.nonzero(depth)
     values = depth[rows, columns]
     y, x = (

@@ -27,7 +27,7 @@ from shards.codecs import decode_depth, decode_jpeg
 from shards.reader import DamagedMemberError, ShardSet
 from shards.schema import FRAMES_FILE
 from train.data.color_jitter import draw_color_jitter, no_color_jitter
-from train.data.crops import crop_depth, crop_image, crop_points, crop_scale
+from train.data.crops import crop_depth, crop_image, crop_scale
 from train.data.plan import Scene, Step, StepShape
 from train.data.split import Members, Split, frame_rows, read_step
 
@@ -169,8 +169,7 @@ def load_view(
     except ValueError as error:
         raise DamagedMemberError(shard_set.tars[row["tar"]], f"{shard_set.key(frame)}: {error}", shard_set) from error
     cv2.split(crop_image(image, eighths / 8, center, scale, shape), list(out["images"]))
-    crop = crop_points if shard_set.sparse[row["sequence"]] else crop_depth
-    out["depth"][:] = 0 if depth is None else crop(depth, center, scale, shape)
+    out["depth"][:] = 0 if depth is None else crop_depth(depth, center, scale, shape)
     out["depth_scale"][...] = row["depth_scale"]
     out["extrinsics"][:] = row["extrinsics"]
     out["intrinsics"][:] = row["intrinsics"]

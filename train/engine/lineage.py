@@ -41,15 +41,14 @@ def trained_width(source: str) -> int | None:
     return None if saved is None else data_config(saved["config"]["data"], source).width
 
 
-def trained_before(source: str | None) -> tuple[list[Part], list[str]]:
+def trained_before(source: str | None, expected: str | None = None) -> tuple[list[Part], list[str]]:
     """The splits that a checkpoint was trained on, those of its `init` included, and what of that is not known.
 
-    Nothing of either for None, which is random.
+    Nothing of either for None, which is random. expected: the fingerprint that its weights must have, if known.
     """
     parts: list[Part] = []
     unknown: list[str] = []
     seen: set[str] = set()
-    expected: str | None = None  # the fingerprint of what a checkpoint began from
     while source is not None and source not in seen:
         seen.add(source)
         try:
@@ -85,7 +84,7 @@ def what_is_validated(
         return None
     steps, _ = validation_plan(config.data, val.lengths, rank=0, world_size=1)
     trained = [(shard_set, config.data.train_split) for shard_set in train.shard_sets]
-    before, unknown = trained_before(config.init)
+    before, unknown = trained_before(config.init, None if saved is None else saved.get("init_fingerprint"))
     now = {shard_set.digest for shard_set in train.shard_sets}
     for digest, path in former_places(saved).items():
         if digest not in now:

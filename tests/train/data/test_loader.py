@@ -21,7 +21,7 @@ from shards.codecs import decode_jpeg
 from shards.schema import row_crc
 from train.config import load_config
 from train.data.batches import TrainingSteps
-from train.data.crops import crop_depth, crop_image, crop_points, crop_scale
+from train.data.crops import are_scattered, crop_depth, crop_image, crop_points, crop_scale
 from train.data.loader import NoDataError, stream
 from train.data.plan import DataConfig, DataState, Scene, ShardSource, Step, StepShape, TrainingPlan, validation_plan
 from train.data.scenes import _CROP, _JITTER, load_step
@@ -105,6 +105,19 @@ def test_each_point_of_sparse_depth_in_a_crop_is_in_one_pixel_of_it(width):
             expected[place] = min(expected.get(place, np.inf), depth[y, x])
     found = crop_points(depth, center, scale, shape)
     assert {(int(y), int(x)): found[y, x] for y, x in zip(*np.nonzero(found), strict=True)} == expected
+
+
+def test_samples_of_coarse_depth_are_kept_by_a_crop_and_dense_depth_is_picked():
+    coarse = np.zeros((648, 864), np.float16)
+    coarse[1::3, 1::3] = 2  # as of a phone's sensor
+    shape, center = StepShape(2, 392, 518), (431.5, 323.5)
+    scale = 518 / 864
+    kept = np.count_nonzero(crop_depth(coarse, center, scale, shape))
+    assert kept > 0.99 * np.count_nonzero(coarse)
+    dense = np.full((648, 864), 2, np.float16)
+    dense[:, :700] = 0  # of an object before nothing
+    assert not are_scattered(dense)
+    assert not are_scattered(np.zeros((4, 4), np.float16))
 
 
 @pytest.mark.parametrize("size", [(648, 864), (864, 648), (240, 320)])
