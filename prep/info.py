@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -72,13 +73,19 @@ def print_info(shard_set: str) -> None:
     pairs, counts = np.unique(np.stack([frames["width"], frames["height"]], axis=1), axis=0, return_counts=True)
     common = sorted(zip(counts, pairs, strict=True), key=lambda item: -item[0])[:5]
     click.echo("width x height: " + ", ".join(f"{w} x {h} ({n:,})" for n, (w, h) in common))
-    for name, said in opened.dataset["source"].get("captures", {}).items():
-        metric = {True: "meters", False: "no known unit", None: "an unknown unit (--metric or --no-metric says it)"}[
-            said["metric"]
-        ]
-        click.echo(f"{name}: {said['depth']} depth, lengths in {metric}")
+    for name in opened.dataset["source"].get("captures", {}):
+        click.echo(f"{name}: {kind_of_depth(opened.dataset, name)}")
     options = ", ".join(f"{key} {value}" for key, value in sorted(opened.dataset["options"].items()))
     click.echo(f"packed with {options}" if options else "packed with unknown options: its index was rebuilt")
+
+
+def kind_of_depth(dataset: dict[str, Any], name: str) -> str:
+    """What a set says of the depth and the unit of a capture; empty for others."""
+    said = dataset["source"].get("captures", {}).get(name)
+    if said is None:
+        return ""
+    unit = {True: "meters", False: "no known unit", None: "a unit that pack was not told (--metric)"}[said["metric"]]
+    return f"{said['depth']} depth, lengths in {unit}"
 
 
 def print_checks(checks: list[CaptureCheck]) -> None:

@@ -10,9 +10,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from prep.info import kind_of_depth
 from shards import ShardSet, drawing
 from shards.codecs import decode_depth, decode_jpeg
-from shards.geometry import AGREEMENT, DepthView, agreement, nearest, project, scale_intrinsics
+from shards.geometry import (
+    AGREEMENT,
+    DepthView,
+    agreement,
+    are_scattered,
+    move_points,
+    nearest,
+    project,
+    scale_intrinsics,
+)
 from shards.writer import atomic_file
 
 STRIP_FRAMES, STRIP_HEIGHT = 8, 150
@@ -30,7 +40,8 @@ Each sequence: some of its images; their depths, near is red, far is blue, gray 
 first red, the last blue, over points of its depths. Then a pair of views A and B: A, B, A as B should see it by the
 depth of B and both cameras, and the same in a checkerboard with B. With right cameras and depths the last two look
 like B but for what is hidden from A, where the thing in front appears twice; where lines break at the squares' edges,
-a camera, an intrinsic or a depth is wrong.
+a camera, an intrinsic or a depth is wrong. Of depth that is single points, A and B with these, by depth: the same
+point must lie on the same thing in both.
 """
 
 
@@ -47,7 +58,13 @@ class View:
         self.image = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
         rows, columns = (nearest((np.arange(n) + 0.5) * m / n - 0.5, m) for n, m in zip(shape, size, strict=True))
         full = np.zeros(size, np.float16) if depth_bytes is None else decode_depth(depth_bytes, *size)
-        depth = full[rows[:, None], columns].astype(np.float64) * row["depth_scale"]
+        self.is_scattered = are_scattered(full)
+        if self.is_scattered:
+            scales = shape[0] / size[0], shape[1] / size[1]
+            full = move_points(full, scales, (scales[0] / 2 - 0.5, scales[1] / 2 - 0.5), shape)
+        else:
+            full = full[rows[:, None], columns]
+        depth = full.astype(np.float64) * row["depth_scale"]
         self.name = bytes(row["name"]).decode()
         intrinsics = scale_intrinsics(row["intrinsics"], shape[1] / size[1], shape[0] / size[0])
         self.geometry = DepthView(depth, np.array(row["extrinsics"]), intrinsics)
@@ -81,8 +98,10 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
     known = np.mean([(view.geometry.depth > 0).mean() for view in views])
     k, size = cameras["intrinsics"][0], (int(cameras["width"][0]), int(cameras["height"][0]))
     angle = 2 * np.degrees(np.arctan(size[0] / 2 / k[0, 0]))
-    depth = f"depth known at {100 * known:.2g}% of pixels"
+    depth = f"depth known at {100 * known:.2g}% of these pixels"
+    name = bytes(shard_set.sequences[int(cameras["sequence"][0])]["name"]).decode()
     lines = [f"{count} frames of {size[0]} x {size[1]}, {angle:.0f} degrees wide; {depth}"]
+    lines += [words] if (words := kind_of_depth(shard_set.dataset, name)) else []
     pictures = [_strip(views, cameras)]
     if known and count > 1:
         pair = [View(shard_set, first + i, PAIR_HEIGHT) for i in (0, max(1, count // PAIR_STEP))]
@@ -96,7 +115,7 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
 def _strip(views: list[View], cameras: np.ndarray) -> np.ndarray:
     """Images above depths, the scale of these, and the cameras from above."""
     near, far = drawing.near_and_far(np.concatenate([view.geometry.depth.reshape(-1) for view in views]))
-    depths = [drawing.color_depth(view.geometry.depth, near, far) for view in views]
+    depths = [drawing.color_depth(_seen(view), near, far) for view in views]
     body = drawing.stack([drawing.row([view.image for view in views]), drawing.row(depths)])
     points = []
     for view in views:
@@ -109,8 +128,17 @@ def _strip(views: list[View], cameras: np.ndarray) -> np.ndarray:
     return np.concatenate([drawing.row([body, above]), drawing.scale_bar(len(body) + drawing.GAP, near, far)], axis=1)
 
 
+def _seen(view: View) -> np.ndarray:
+    """The depths of a view as they are drawn."""
+    return drawing.as_dots(view.geometry.depth) if view.is_scattered else view.geometry.depth
+
+
 def _pair(a: View, b: View) -> tuple[str, np.ndarray]:
     """How well two views fit each other, in words and as a picture."""
+    if a.is_scattered or b.is_scattered:
+        near, far = drawing.near_and_far(np.concatenate([v.geometry.depth.reshape(-1) for v in (a, b)]))
+        dots = [np.where(_seen(v)[..., None] > 0, drawing.color_depth(_seen(v), near, far), v.image) for v in (a, b)]
+        return "their single points, by depth", drawing.row(dots)
     shape = b.geometry.depth.shape
     pixels, _ = project(b.geometry.points(), a.geometry.extrinsics, a.geometry.intrinsics)
     warped = drawing.sample(a.image, pixels, shape)

@@ -59,6 +59,13 @@ def color_depth(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     return np.where((np.isfinite(depth) & (depth > 0))[..., None], colored, np.uint8(UNKNOWN))
 
 
+def as_dots(depth: np.ndarray) -> np.ndarray:
+    """Scattered depths [H, W] as dots that can be seen, the nearest where they meet."""
+    known = np.where(depth > 0, depth, np.inf).astype(np.float32)
+    dots = cv2.erode(known, np.ones((3, 3), np.uint8))
+    return np.where(np.isfinite(dots), dots, 0)
+
+
 def color_amount(fraction: np.ndarray) -> np.ndarray:
     """Numbers [..., H, W] from 0, black, to 1, white -> RGB [..., H, W, 3]; NaN is gray."""
     flat = (np.nan_to_num(np.clip(fraction, 0, 1)) * 255).astype(np.uint8).reshape(-1, 1)

@@ -45,6 +45,29 @@ def nearest(coordinates: np.ndarray, size: int) -> np.ndarray:
     return np.clip(picked, 0, size - 1)
 
 
+def are_scattered(depth: np.ndarray) -> bool:
+    """Whether most of the known pixels of a depth map [H, W] have no known neighbor to their right."""
+    known = depth != 0 if depth.dtype != np.float16 else depth.view(np.uint16) != 0  # numpy is slow with half floats
+    return bool(2 * np.count_nonzero(known[:, 1:] & known[:, :-1]) < np.count_nonzero(known))
+
+
+def move_points(
+    depth: np.ndarray, scale: tuple[float, float], offset: tuple[float, float], shape: tuple[int, int]
+) -> np.ndarray:
+    """The known pixels of a depth map, each moved to row * scale + offset, and its column so: a map of this shape.
+
+    Picking would lose most of scattered ones. Where several meet, the nearest is kept: it may hide the others.
+    """
+    places = np.nonzero(depth)
+    values = depth[places]
+    y, x = (np.rint(p * s + o).astype(np.intp) for p, s, o in zip(places, scale, offset, strict=True))
+    inside = (y >= 0) & (x >= 0) & (y < shape[0]) & (x < shape[1])
+    farthest_first = np.flatnonzero(inside)[np.argsort(values[inside])[::-1]]
+    moved = np.zeros(shape, depth.dtype)
+    moved[y[farthest_first], x[farthest_first]] = values[farthest_first]
+    return moved
+
+
 AGREEMENT = 0.02  # of the depth: how far two views may differ on a point that both see
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pycolmap
 import pytest
 from conftest import vggt_prep
 from golden_figures import SHARED
-from layout_writers import WRITERS, rendered, write_depth, write_image
+from layout_writers import ALL, WRITERS, rendered, write_depth, write_image
 from scipy.spatial.transform import Rotation
 
 import shards
@@ -529,3 +530,19 @@ def test_three_layouts_of_one_real_capture_give_the_same_and_colmap_two_sequence
     assert len(sparse.frames) == 37
     said = json.loads((tmp_path / "colmap" / "dataset.json").read_text())["source"]["captures"]
     assert {entry["depth"] for entry in said.values()} == {"sparse"}
+
+
+def test_preview_says_the_kind_of_depth_and_shows_points_as_dots(views, tmp_path):
+    ALL["colmap"](tmp_path / "project", views)
+    pack(tmp_path / "project", tmp_path / "set", "--trust")
+    done = vggt_prep("preview", tmp_path / "set", "--out", tmp_path / "look.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "look.html").read_text()
+    assert "sparse depth, lengths in no known unit" in page
+    assert "their single points, by depth" in page
+    pictures = [
+        cv2.imdecode(np.frombuffer(base64.b64decode(part.partition('"')[0]), np.uint8), cv2.IMREAD_COLOR).astype(int)
+        for part in page.split("base64,")[1:]
+    ]
+    colored = [(np.ptp(picture, axis=2) > 120).sum() for picture in pictures]
+    assert min(colored) > 500  # a dot of a hundred points is nine pixels

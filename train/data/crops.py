@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from shards.geometry import nearest
+from shards.geometry import are_scattered, move_points, nearest
 from train.data.plan import StepShape
 
 CROP_RANGE = (0.8, 1.2)  # of each side, at most 1
@@ -55,28 +55,8 @@ def crop_depth(depth: np.ndarray, center: tuple[float, float], scale: float, sha
     Of sparse points, or of depth coarser than the image, each has its one pixel: picking would lose most of them.
     """
     if are_scattered(depth):
-        return crop_points(depth, center, scale, shape)
+        offset = (shape.height - 1) / 2 - center[1] * scale, (shape.width - 1) / 2 - center[0] * scale
+        return move_points(depth, (scale, scale), offset, (shape.height, shape.width))
     columns = nearest((np.arange(shape.width) - (shape.width - 1) / 2) / scale + center[0], depth.shape[1])
     rows = nearest((np.arange(shape.height) - (shape.height - 1) / 2) / scale + center[1], depth.shape[0])
     return depth[rows][:, columns]
-
-
-def are_scattered(depth: np.ndarray) -> bool:
-    """Whether most of the known pixels of a depth map [H, W] have no known neighbor to their right."""
-    known = depth != 0 if depth.dtype != np.float16 else depth.view(np.uint16) != 0  # numpy is slow with half floats
-    return bool(2 * np.count_nonzero(known[:, 1:] & known[:, :-1]) < np.count_nonzero(known))
-
-
-def crop_points(depth: np.ndarray, center: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
-    """As crop_depth, of scattered points. Where several meet, the nearest is kept: it may hide the others."""
-    rows, columns = np.nonzero(depth)
-    values = depth[rows, columns]
-    y, x = (
-        np.rint((places - c) * scale + (n - 1) / 2).astype(np.intp)
-        for places, c, n in ((rows, center[1], shape.height), (columns, center[0], shape.width))
-    )
-    inside = (y >= 0) & (x >= 0) & (y < shape.height) & (x < shape.width)
-    found = np.zeros((shape.height, shape.width), depth.dtype)
-    farthest_first = np.argsort(values[inside])[::-1]
-    found[y[inside][farthest_first], x[inside][farthest_first]] = values[inside][farthest_first]
-    return found

@@ -18,10 +18,11 @@ import shards
 import train.data.batches
 import train.data.loader
 from shards.codecs import decode_jpeg
+from shards.geometry import are_scattered
 from shards.schema import row_crc
 from train.config import load_config
 from train.data.batches import TrainingSteps
-from train.data.crops import are_scattered, crop_depth, crop_image, crop_points, crop_scale
+from train.data.crops import crop_depth, crop_image, crop_scale
 from train.data.loader import NoDataError, stream
 from train.data.plan import DataConfig, DataState, Scene, ShardSource, Step, StepShape, TrainingPlan, validation_plan
 from train.data.scenes import _CROP, _JITTER, load_step
@@ -103,7 +104,7 @@ def test_each_point_of_sparse_depth_in_a_crop_is_in_one_pixel_of_it(width):
         )
         if 0 <= place[0] < shape.height and 0 <= place[1] < shape.width:
             expected[place] = min(expected.get(place, np.inf), depth[y, x])
-    found = crop_points(depth, center, scale, shape)
+    found = crop_depth(depth, center, scale, shape)
     assert {(int(y), int(x)): found[y, x] for y, x in zip(*np.nonzero(found), strict=True)} == expected
 
 
