@@ -1,7 +1,7 @@
-"""Do the cameras of a capture fit its images, and its depths the cameras? Measured, and against wrong hypotheses.
+"""Measure whether a capture's cameras fit its images, and its depths the cameras; compare with common mistakes.
 
-Images tell it by themselves: SIFT features are matched between views, without a look at the cameras, and each pair of a
-match must then lie on each other's epipolar lines. What is triangulated from them must lie at the depths.
+SIFT features are matched between views without using the cameras. The two features of a match must then lie on each
+other's epipolar lines, and the point triangulated from them must have the stored depth.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from prep.importers.source import Capture
 from prep.matches import Pair, View, epipolar_distances, inverse, matched_pairs, triangulated
 
 MIN_PAIRS = 3
-NEAR = 4.0  # pixels from the given cameras' epipolar lines: tracking of a phone is not better
-FITS, BETTER = 0.6, 0.15  # fraction of matches that must be near; by how much another hypothesis must be better
-FOCAL_FACTORS, FOCAL_BETTER = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2), 0.03  # tried; by which they must be better
-MIN_PARALLAX = 1.0  # degrees, of a match that is triangulated
-DEPTH_FITS = 1.15  # factor within which depths and triangulated ones are the same
+NEAR = 4.0  # pixels from the given cameras' epipolar lines: phone tracking is no more accurate
+FITS, BETTER = 0.6, 0.15  # fraction of matches that must be near; margin by which another hypothesis must win
+FOCAL_FACTORS, FOCAL_BETTER = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2), 0.03  # to try; margin by which one must win
+MIN_PARALLAX = 1.0  # degrees, for a match to be triangulated
+DEPTH_FITS = 1.15  # stored and triangulated depths agree within this factor
 UNITS = {1000.0: "depths are 1000 times too large (millimeters?)", 1e-3: "depths are 1000 times too small (meters?)"}
 MIN_DEPTHS = 30
-RELIEF = 0.1  # spread by chance of what is not nearly flat
-NOISE, LIKE_CHANCE = 0.05, 0.5  # spread of depths that fit; over that by chance, from where on they are no better
+RELIEF = 0.1  # shuffled spread above this: not nearly flat
+NOISE, LIKE_CHANCE = 0.05, 0.5  # spread of depths that fit; part of the shuffled spread above which they do not
 BEHIND = 0.3  # fraction of points in front of both cameras, below which the cameras look the other way
 SURE = 2.0  # standard errors
-UNIT_OFF = 10.0  # factor beyond which depths are in another unit, whatever they are along
-TYPICAL, TRIMS = 0.3, 5  # logarithm of a ratio of depths that belongs to the rest at first; rounds of a fit
+UNIT_OFF = 10.0  # beyond this factor, depths are in another unit, along rays or the axis
+TYPICAL, TRIMS = 0.3, 5  # distance of initial inliers from the median log ratio; rounds of the fit
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ HYPOTHESES: dict[str, Change] = {
 
 
 def _score(pairs: list[Pair], change: Change) -> float:
-    """The mean fraction of a pair's matches that lie near their epipolar lines; 0 if what they show lies behind."""
+    """Mean over pairs of the fraction of matches near epipolar lines, 0 where points lie behind the cameras."""
     found = []
     for a, b, x, y in pairs:
         cameras = change(a), change(b)
@@ -124,7 +124,7 @@ def _score(pairs: list[Pair], change: Change) -> float:
 
 @dataclass(frozen=True)
 class ComparedDepths:
-    """Of matches [n]: stored depths, over triangulated ones, and how much longer their rays are than the axis."""
+    """For matches [n]: stored depth, its ratio to the triangulated depth z, and the ratio of ray length to z."""
 
     stored: np.ndarray
     ratios: np.ndarray
@@ -155,7 +155,7 @@ def _compared_depths(pairs: list[Pair]) -> ComparedDepths:
 
 
 def _wrong_depth(ratio: float, depths: ComparedDepths) -> str | None:
-    """What is wrong with depths that are `ratio` times the triangulated ones in the middle; None: nothing is."""
+    """What is wrong with depths whose median ratio to triangulated depths is `ratio`; None: nothing is."""
     steepness, error = _steepness(np.log(depths.lengths), np.log(depths.ratios))
     spread, by_chance = _spread(depths.ratios), _shuffled_spread(depths)
     if by_chance > RELIEF and spread > NOISE and spread > LIKE_CHANCE * by_chance:
@@ -169,7 +169,7 @@ def _wrong_depth(ratio: float, depths: ComparedDepths) -> str | None:
 
 
 def _spread(ratios: np.ndarray) -> float:
-    """The median distance of their logarithms from the middle."""
+    """The median absolute deviation of the logarithms."""
     logarithms = np.log(ratios)
     return float(np.median(np.abs(logarithms - np.median(logarithms))))
 
@@ -181,7 +181,7 @@ def _shuffled_spread(depths: ComparedDepths) -> float:
 
 
 def _steepness(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Of the line through y over x and its standard error, without what lies far from it."""
+    """The slope of a line fitted to y over x, and its standard error, without outliers."""
     kept = np.abs(y - np.median(y)) < TYPICAL
     slope, error = 0.0, np.inf
     for _ in range(TRIMS):

@@ -1,4 +1,4 @@
-"""What images alone tell of a capture: SIFT matches between views, and the geometry of two cameras to try on them."""
+"""SIFT matches between the views of a capture, found without its cameras, and two-view geometry to test on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.codecs import decode_depth, decode_jpeg
 
 PAIRS = 15  # of views, evenly over the capture
 SHORT_SIDE = 480
-MATCH_RATIO, CLEAN = 0.75, 1.5  # of SIFT's distances; pixels from the epipolar lines that fit the matches best
+MATCH_RATIO, CLEAN = 0.75, 1.5  # Lowe's ratio of SIFT distances; RANSAC's epipolar threshold in pixels
 MIN_MATCHES = 25
 
 
@@ -37,9 +37,9 @@ Pair = tuple[View, View, np.ndarray, np.ndarray]  # with pixels [n, 2] of the ma
 
 
 def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
-    """Pairs of views with matches, evenly over the capture; how many frames could be used, and why others could not.
+    """Matched pairs of views, evenly over the capture; how many frames were usable, and why the others were not.
 
-    The second of a pair is as far from the first as the next pair, or nearer, until there are matches.
+    The gap within a pair starts as the gap between pairs, and is halved until there are enough matches.
     """
     sift = cv2.SIFT.create(3000)
     reasons: Counter[str] = Counter()
@@ -71,7 +71,7 @@ def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
 
 def _view(frames: list[Frame], number: int) -> View:
     """Raises BadFrameError."""
-    # As it is in its file: what is wrong with the poses may also have turned it.
+    # Without quarter turns: they may come from the poses, which may be wrong.
     packed = pack_frame(replace(frames[number], quarter_turns=0), FrameOptions(short_side=SHORT_SIDE))
     size = packed.meta.height, packed.meta.width
     around = [frames[max(0, number - 1)], frames[min(len(frames) - 1, number + 1)]]

@@ -98,7 +98,7 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
     known = np.mean([(view.geometry.depth > 0).mean() for view in views])
     k, size = cameras["intrinsics"][0], (int(cameras["width"][0]), int(cameras["height"][0]))
     angle = 2 * np.degrees(np.arctan(size[0] / 2 / k[0, 0]))
-    depth = f"depth known at {100 * known:.2g}% of these pixels"
+    depth = f"depth known at {100 * known:.2g}% of pixels"
     name = bytes(shard_set.sequences[int(cameras["sequence"][0])]["name"]).decode()
     lines = [f"{count} frames of {size[0]} x {size[1]}, {angle:.0f} degrees wide; {depth}"]
     lines += [words] if (words := kind_of_depth(shard_set.dataset, name)) else []

@@ -34,7 +34,7 @@ class Stopped(click.ClickException):
 
 @contextmanager
 def plain_errors(stopped: str = "stopped") -> Iterator[None]:
-    """What a user can repair is one line, without a traceback; a signal to stop ends with the line `stopped`."""
+    """For what a user can fix, print one line without a traceback; on a stop signal, the line `stopped`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -71,7 +71,7 @@ class Fraction(click.FloatRange):
 
 @contextmanager
 def progress_bar(unit: str, *columns: str) -> Iterator[Progress]:
-    """A bar that appears when it is started, and is gone from the terminal's care at the end, error or not."""
+    """A progress bar that appears when it is started, and stops at the end, even after an error."""
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -110,7 +110,7 @@ def _members_by_key(tar: tarfile.TarFile) -> dict[str, dict[str, _Member]]:
 
 
 def _check_end(tar: tarfile.TarFile, size: int) -> None:
-    """tarfile takes a damaged header for the end: only zeros may follow, and those that end an archive must."""
+    """Check that only an archive's final zeros follow: tarfile mistakes a damaged header for the end."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     end = 2 * tarfile.BLOCKSIZE

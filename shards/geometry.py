@@ -36,8 +36,8 @@ def scale_intrinsics(intrinsics: np.ndarray, scale_x: float, scale_y: float) -> 
 def nearest(coordinates: np.ndarray, size: int) -> np.ndarray:
     """The pixel of 0 .. size - 1 nearest to each coordinate [n], without bias.
 
-    Halfway between two pixels the lower and the upper one are taken in turn: always taking one of them would shift
-    a depth map that is halved by a quarter of a pixel.
+    Halfway between two pixels, the lower and the upper one alternate: always taking the same one would shift a
+    half-size depth map by a quarter of a pixel.
     """
     tie = np.isclose(coordinates - np.floor(coordinates), 0.5, rtol=0, atol=1e-6)
     alternate = np.floor(coordinates).astype(np.intp) + np.arange(len(coordinates)) % 2
@@ -54,9 +54,9 @@ def are_scattered(depth: np.ndarray) -> bool:
 def move_points(
     depth: np.ndarray, scale: tuple[float, float], offset: tuple[float, float], shape: tuple[int, int]
 ) -> np.ndarray:
-    """The known pixels of a depth map, each moved to row * scale + offset, and its column so: a map of this shape.
+    """A map of this shape: each known pixel of a depth map, moved to row * scale + offset, its column likewise.
 
-    Picking would lose most of scattered ones. Where several meet, the nearest is kept: it may hide the others.
+    Resampling would lose most scattered pixels. Where several meet, the nearest is kept: it may hide others.
     """
     places = np.nonzero(depth)
     values = depth[places]

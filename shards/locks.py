@@ -17,8 +17,8 @@ LOCK_FILE = "lock"
 def locked(folder: Path, busy: str) -> Iterator[None]:
     """Hold the lock of an existing folder. The system releases it when this process ends, however it ends.
 
-    Raises ValueError with the message `busy` if another process holds it. A network file system may keep such locks
-    for each machine by itself, and one that knows none of them is told in a warning: there it does not protect.
+    Raises ValueError with the message `busy` if another process holds it. On a network file system, a lock may hold
+    only within one machine. On a file system without locks, this only warns, and does not protect.
     """
     try:
         opened = (folder / LOCK_FILE).open("a")

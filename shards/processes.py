@@ -14,9 +14,9 @@ from multiprocessing.context import ForkServerContext
 def fork_server(preload: list[str], deaf_to: Collection[signal.Signals]) -> ForkServerContext:
     """A context whose workers are forked from a server that has imported these modules and runs no threads.
 
-    Forked from a process that has already computed something, workers would wait forever on the locks of thread pools
-    that did not come along. deaf_to: signals that neither the server nor a worker hears. They reach the whole process
-    group, and what happens then is for the parent alone to decide.
+    Workers forked from a process that has already computed something would wait forever on the locks of thread pools,
+    whose threads a fork does not copy. deaf_to: signals that the server and its workers block. They reach the whole
+    process group, but only the parent should handle them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)

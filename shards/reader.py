@@ -198,7 +198,7 @@ class ShardSet:
         return self.read_many([frame])[0]
 
     def read_many(self, frames: Sequence[int]) -> list[tuple[bytes, bytes | None]]:
-        """The same for many frames, all or none, in as few requests as can be had for 5% more bytes."""
+        """As read, for many frames, all or none, in as few requests as 5% more bytes allow."""
         found = []
         for members in self.try_read_many(frames):
             if isinstance(members, DamagedMemberError):

@@ -15,9 +15,9 @@ Part = tuple[ShardSet, str]  # a split of a set
 
 @dataclass(frozen=True)
 class SharedPlaces:
-    """Of the `tested` sequences: how many are trained on, and how many bear the name of one of another capture.
+    """Of the `tested` sequences: how many are trained on, and how many only share a name with a trained one.
 
-    frames: how many of their pictures are trained on, under whatever name; unknown: why there may be more of all that.
+    frames: how many of their images are trained on, under any name; unknown: why these counts may be too low.
     """
 
     tested: int
@@ -62,11 +62,11 @@ class SharedPlaces:
 def shared_places(
     trained: Sequence[Part], tested: Sequence[Part], only: set[tuple[int, int]] | None = None
 ) -> SharedPlaces:
-    """Compare what is tested with all that is trained on: pictures by size and CRC, sequences by category and name.
+    """Compare test data with all training data: images by file size and CRC, sequences by category and name.
 
-    Within a set, and between sets that were packed from the same annotations, equal names are the same place, and
-    equal frames of it the same picture, in whatever size. only: the sequences that are tested, each as the place of its
-    part in `tested` and its number in that split; None: all.
+    Within a set, and between sets packed from the same annotations, equal sequence names mean the same place, and equal
+    frame names in it the same image, at any resolution. only: the tested sequences, each as the index of its part in
+    `tested` and its number in that split; None: all.
     """
     namesakes: defaultdict[tuple[bytes, bytes], list[tuple[ShardSet, np.void]]] = defaultdict(list)
     of_capture: defaultdict[str | None, list[tuple[ShardSet, np.void]]] = defaultdict(list)
@@ -108,7 +108,7 @@ def _same_source(a: ShardSet, b: ShardSet, sequence: np.void) -> bool:
 
 
 def _annotations(shard_set: ShardSet, sequence: np.void) -> set[str]:
-    """The digests of the files that frames of a sequence's category come from; one of an empty split tells nothing."""
+    """The digests of the annotation files behind a sequence's category; a file whose split is empty is left out."""
     of_category = shard_set.sequences[shard_set.sequences["category"] == sequence["category"]]
     category, splits = sequence["category"].decode(), {split.decode() for split in of_category["split"]}
     files = shard_set.dataset["source"].get("annotations", {})

@@ -22,12 +22,12 @@ from fsspec.utils import get_protocol
 
 log = logging.getLogger(__name__)
 
-RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: a restart of a server, or a lost connection, is waited for
-OUTAGE_PAUSE, OUTAGE_PATIENCE = 30, 600  # seconds, after those and in all, while frames are read: a run of days waits
-REFUSED = (401, 403, 404)  # statuses of HTTP for which waiting is no use
+RETRY_PAUSES = (0.5, 1, 2, 4, 8)  # seconds: enough for a server restart or a lost connection
+OUTAGE_PAUSE, OUTAGE_PATIENCE = 30, 600  # seconds per later pause, and in all, when reading frames: long runs can wait
+REFUSED = (401, 403, 404)  # HTTP statuses that waiting does not fix
 HTTP_PATIENCE = 30  # seconds of silence
-PATIENCE = OUTAGE_PATIENCE / 6  # seconds for some MB: a server may also trickle
-MIN_RATE = 10_000  # bytes a second, of a transfer that lasts longer
+PATIENCE = OUTAGE_PATIENCE / 6  # seconds for a few MB: a server may send slowly
+MIN_RATE = 10_000  # bytes per second, for transfers longer than that
 
 Result = TypeVar("Result")
 
@@ -235,7 +235,7 @@ def _said(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        cause = error.__cause__  # fsspec calls a file missing whose size a server does not give, for whatever reason
+        cause = error.__cause__  # fsspec calls a file missing whenever a server does not give its size
         lost = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | PermissionError)
         if lost or getattr(cause, "status", 404) not in REFUSED:
             raise StorageError(f"{where}: {cause!r}") from error

@@ -140,12 +140,12 @@ def check_batch(batch: dict[str, Any]) -> dict[str, float]:
 
 
 def cross_view_agreement(depth: np.ndarray, extrinsics: np.ndarray, intrinsics: np.ndarray) -> float | None:
-    """The fraction of view 0's points whose depth another view confirms, of those that it has a depth for.
+    """Of view 0's points that fall where another view has a depth, the fraction whose depth it confirms.
 
     depth [S, H, W] (0: unknown), extrinsics [S, 3, 4], intrinsics [S, 3, 3]. None without depth in view 0 and another
     one; NaN if there is depth, but no point of view 0 falls where another has some, as with depths in a wrong unit.
-    Right data does not reach 1, as views hide things from each other; to leave out what seems hidden would let wrong
-    cameras pass.
+    Correct data does not reach 1, due to occlusion; excluding points that seem occluded would let wrong cameras
+    pass.
     """
     if not (depth[0] > 0).any() or not (depth[1:] > 0).any():
         return None

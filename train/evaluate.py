@@ -137,7 +137,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
 
 
 def load_model(source: str) -> VGGT:
-    """The model of a checkpoint, with those of the heads that can be evaluated that it has.
+    """The model of a checkpoint, with those of its heads that can be evaluated.
 
     Raises ValueError if there is no readable checkpoint, or nothing in it that could be evaluated.
     """

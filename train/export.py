@@ -56,10 +56,10 @@ def main() -> None:
 
 
 def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], int]:
-    """The tensors to write, of the shapes they have in `init`; the model's configuration; how many were trained.
+    """The tensors to write, in the shapes of `init`; the model's configuration; the number of trained tensors.
 
-    out: where they will go, neither of what is read. init: instead of the one that the run's configuration names. A
-    run from scratch has none: all of it is written. Raises ValueError if the run did not start from `init`.
+    out: the target, which must not be one of the inputs. init: overrides that of the run's configuration. A run from
+    scratch has none, and is written whole. Raises ValueError if the run did not start from `init`.
     """
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: no such file; expected a checkpoint of the trainer, OUT/checkpoints/latest")
@@ -105,7 +105,7 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
 
 
 def weight_places(path: Path) -> list[Path]:
-    """What is there of a file, or a folder and its weights: either names the same checkpoint."""
+    """The existing paths that name a checkpoint: a file, or a folder and the weights in it."""
     return [place for place in (path, *(path / name for name in WEIGHT_FILES)) if place.exists()]
 
 

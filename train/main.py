@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> None:
-    """A run, from its configuration to its summary. held: closed at its end, keeps the folder for this run alone."""
+    """A run, from its configuration to its summary. held: keeps the folder locked until the caller closes it."""
     # Data
     if not config.data.sources:
         raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack, or its URL")
@@ -192,7 +192,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
 
 
 def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) -> tuple[VGGT, str | None]:
-    """The model of a run, with the weights of a checkpoint of it, of `init`, or random ones; and what tells `init`."""
+    """The run's model, with the weights of its checkpoint, of `init`, or random; and the fingerprint of `init`."""
     torch.manual_seed(config.seed)
     model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
     init_fingerprint = None if saved is None else saved.get("init_fingerprint")

@@ -30,7 +30,7 @@ class CameraHead(nn.Module):
     def forward(self, camera_tokens: Tensor) -> list[Tensor]:
         """Camera tokens [B, S, 2 * dim] -> a pose encoding [B, S, 9] for each round, the last one the best.
 
-        Each round sees the encoding of the one before as a number, not as a function: no gradient flows between.
+        Each round starts from the detached encoding of the previous one: no gradient flows between rounds.
         """
         tokens = self.token_norm(camera_tokens)
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)

@@ -57,9 +57,9 @@ def _check_tensor(value: object, name: str) -> None:
 
 
 def _holds(conditions: Tensor, message: str) -> bool:
-    """Whether `conditions`, [...], are all true. Only the CPU can tell at once: a device fails when it gets there.
+    """Whether `conditions`, [...], are all true. Only the CPU can tell at once: for a device, returns True.
 
-    That is an assertion on the device with `message`, which CUDA follows with no further work in this process.
+    If they are not, the device later fails an assertion with `message`, and CUDA does no more work in this process.
     """
     if conditions.device.type == "cpu" and not torch.compiler.is_compiling():
         return bool(conditions.all())

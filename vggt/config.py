@@ -60,10 +60,10 @@ class VGGTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
-        """From a config.json's values; what is not there has its default.
+        """From a config.json's values; missing keys have their defaults.
 
-        What is no key of ours is passed over in the published model's, which has other names and no `heads`. Raises
-        ValueError for one in ours, and if a value is of another type or does not go with the others.
+        Unknown keys are ignored in the published model's file, which has other names and no `heads`. Raises
+        ValueError for an unknown key in ours, a value of a wrong type, or values that do not fit together.
         """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)

@@ -65,7 +65,7 @@ class Scratch(nn.Module):
 class DPT(nn.Module):
     """Fuses the tokens of four depths of the trunk into one feature map a view.
 
-    features: channels of the fusion; out_channels: of the map; code_position: whether pixels are told their place.
+    features: channels of the fusion; out_channels: of the map; code_position: whether to add position codes.
     """
 
     def __init__(self, config: VGGTConfig, features: int, out_channels: int, *, code_position: bool) -> None:

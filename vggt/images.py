@@ -16,9 +16,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The files among `paths` as they come, and for a folder the images in it by name; and its files that are none.
+    """The images: files in `paths` as given, those of a folder by name; and the other files of the folders.
 
-    Hidden files are neither. Raises ValueError if there are no images.
+    Hidden files are in neither. Raises ValueError if there are no images.
     """
     found, others = list[Path](), list[Path]()
     for path in paths:
@@ -39,9 +39,9 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 def load_images(paths: Sequence[Path], config: VGGTConfig) -> Tensor:
     """Photographs as one scene for the model: [S, 3, H, W] in [0, 1].
 
-    As wide as the model was trained for, as high as the first photograph's shape asks, but at most square. Each is
-    scaled to cover that and cut about its center, where the model takes the principal point to be. Raises ValueError
-    for a file that is no image.
+    The width is the model's; the height follows the aspect ratio of the first photograph, at most square. Each is
+    scaled to cover that and cropped about its center, the model's assumed principal point. Raises ValueError for a
+    file that is no image.
     """
     photographs = [_read(path) for path in paths]
     height, width = photographs[0].shape[:2]

@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have torch.compile run the transformer blocks of a model, in place: most of its work, and alike."""
+    """Compile a model's transformer blocks in place: they do most of its work and are all alike."""
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)

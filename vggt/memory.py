@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), computed again in the backward pass instead of keeping what it made; any shapes.
+    """function(*args), recomputed in the backward pass instead of keeping activations; any shapes.
 
-    No random state is kept for the second time: nothing in the model draws.
+    The random state is not restored for that: nothing in the model is random.
     """
     if not torch.is_grad_enabled():
         return function(*args)

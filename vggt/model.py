@@ -71,8 +71,8 @@ class VGGT(nn.Module):
             world_points [B, S, H, W, 3] and world_points_conf [B, S, H, W] > 1
             with query points track [B, S, N, 2] in pixels, vis and conf [B, S, N] in (0, 1)
         Tracking needs H and W of at least 128 pixels in the published model. Raises ValueError or TypeError for
-        arguments of other shapes, types or values; values are checked on the CPU only: elsewhere, as under
-        torch.compile, the device stops with an assertion, for asking it would make the host wait.
+        arguments of other shapes, types or values; values are checked on the CPU only: on other devices and
+        under torch.compile an assertion fails later, so the host need not wait.
         """
         images = images[None] if isinstance(images, Tensor) and images.ndim == 4 else images
         check_images(images, self.config)

@@ -1,7 +1,7 @@
 """Track head: where points of the reference view are in every view (after CoTracker, arXiv:2307.07635).
 
-From the four depths of the trunk comes a feature map a view; then coordinates and features of each track are refined
-a few times, from the correlations of the track's feature with the maps around where it is thought to be.
+Tokens of four trunk layers give a feature map per view; then coordinates and features of each track are refined
+a few times, from the correlations of the track's feature with the maps around its estimated position.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class UpdateTransformer(nn.Module):
 class PackedAttention(nn.Module):
     """Attention from x [M, L, dim] to a context [M, K, dim], under the parameter names of nn.MultiheadAttention.
 
-    That one would leave scaled_dot_product_attention, and its flash kernels, in inference.
+    In inference, that class bypasses scaled_dot_product_attention and its flash kernels.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:

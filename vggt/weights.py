@@ -29,7 +29,7 @@ FILE_SUFFIXES = (".pt", ".safetensors")
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Names and tensors, and what the checkpoint says of the model that it is of ({}: nothing).
+    """Names and tensors, and the model's configuration, or {} if the checkpoint has none.
 
     source: see VGGT.from_pretrained. A .pt holds the tensors themselves, or {"model": tensors} and, if it is one
     of the trainer's, "model_config". Raises ValueError saying what is wrong with `source`.
@@ -67,7 +67,7 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """What tells a checkpoint from others, wherever it lies and in whatever file: names, types, shapes and CRCs."""
+    """Identifies a checkpoint, whatever its path and file format, by its names, types, shapes and CRCs."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         crc = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -196,8 +196,8 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str,
 def write_file(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
     """Write names and tensors to a .safetensors or else a .pt file, whole or not at all. Raises OSError.
 
-    config: kept in the file, for a model of which others could not know it; a .pt without it holds the plain state
-    dict, as the published one.
+    config: stored in the file, if readers could not know it otherwise; a .pt without it holds the plain state
+    dict, like the published one.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with whole_file(path) as temporary:

@@ -82,10 +82,10 @@ def from_quaternion(xyzw: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 def interpolated(time: float, times: np.ndarray, poses: np.ndarray, most_apart: float) -> np.ndarray:
-    """4 x 4 camera-to-world of poses [n, 4, 4] at a time, by the (sorted) times [n] in seconds.
+    """The 4 x 4 camera-to-world at a time, from poses [n, 4, 4] at sorted times [n] in seconds.
 
-    The place moves in a straight line, the rotation about a fixed axis. Raises ValueError unless there is a pose at the
-    time, or one before and one after that are not farther than most_apart.
+    Interpolates position linearly, and rotation about a fixed axis. Raises ValueError unless there is a pose at the
+    time, or one before and one after it, both within most_apart.
     """
     i = int(np.clip(np.searchsorted(times, time), 1, max(1, len(times) - 1)))
     before, after = (time - times[i - 1], times[i] - time) if len(times) > 1 else (np.inf, np.inf)

@@ -34,10 +34,10 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """format: of all captures; None: as recognized. every: of so many frames one is taken. min_motion: a frame is left
-    out unless its camera turned by so many degrees, or moved by such a fraction of the capture's extent, since the last
-    one that was not. depth_range: other depths are unknown. metric: whether lengths are meters, where the layout does
-    not say. intrinsics: fx, fy, cx, cy, where it says none. min_frames: that testing on the end of a capture needs."""
+    """format: of all captures; None: as recognized. every: keep one frame in so many. min_motion: drop a frame if
+    its camera turned by fewer degrees, and moved by a smaller fraction of the capture's extent, since the last kept
+    frame. depth_range: other depths are unknown. metric: whether lengths are meters; None: as the layout says.
+    intrinsics: fx, fy, cx, cy for layouts without any. min_frames: fewest frames to test on at the end of a capture."""
 
     format: str | None = None
     every: int = 1
@@ -112,7 +112,7 @@ def read_captures(layout: str, folder: Path, options: CaptureOptions) -> list[Ca
 
 
 def _digest(capture: Capture) -> str:
-    """What tells a capture from others, whatever it is called: its files, and a picture, as a rig makes many alike."""
+    """A digest of a capture's files and first image, whatever its name; cameras of a rig can have equal files."""
     digest = hashlib.sha256()
     for path in [*capture.files, capture.frames[0].image]:
         digest.update((sha256(path) if path.is_file() else "").encode())
@@ -153,9 +153,9 @@ def _moving(frames: list[Frame], degrees: float, fraction: float) -> list[Frame]
 
 
 def _told_apart(captures: list[Capture]) -> list[Capture]:
-    """With the name of the folder before it where captures of several folders have one name, as 7-Scenes' seq-01.
+    """Prefix captures that share a name, such as 7-Scenes' seq-01, with the name of their parent folder.
 
-    Raises ValueError if they still have.
+    Raises ValueError if names still clash.
     """
     of_name = Counter(capture.name for capture in captures)
     named = [
@@ -199,7 +199,7 @@ def _check_frames(capture: Capture) -> None:
 
 
 def _last_images(captures: list[Capture], fraction: float, min_frames: int) -> set[Path]:
-    """Those that end a place, which models of one COLMAP project have in common; at least min_frames, if there are."""
+    """The last images of each place, which models of one COLMAP project share; at least min_frames or half of them."""
     places = defaultdict[Path, dict[Path, None]](dict)
     for capture in captures:
         places[capture.place] |= dict.fromkeys(frame.image for frame in capture.frames)

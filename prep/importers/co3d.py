@@ -106,7 +106,7 @@ class Co3D:
 
 
 def make_sequence(split: str, category: str, name: str, entries: list[Any], make: Callable[[Any], Frame]) -> Sequence:
-    """From annotations in any order, and what makes a frame of one or raises ValueError."""
+    """Annotations in any order -> a sequence. make: gives a frame or raises ValueError."""
     made: dict[str, Frame] = {}
     bad: list[tuple[str, str]] = []
     for i, entry in enumerate(entries):

@@ -78,7 +78,7 @@ def capture_folders(folder: Path, wanted: str | None) -> list[tuple[str, Path]]:
 
 
 def passed_over(folder: Path, captures: list[Path]) -> list[str]:
-    """The names of a folder's own folders in which none of the captures that were found in it lies."""
+    """The names of a folder's direct subfolders that contain none of the captures found in it."""
     if folder in captures:
         return []
     above = {path for place in captures for path in (place, *place.parents)}
@@ -97,7 +97,7 @@ def _search(folder: Path, wanted: str | None, depth: int) -> list[tuple[str, Pat
 
 
 def layout_hint(folder: Path) -> str:
-    """For the end of an error: what a folder without what was expected looks like."""
+    """The end of an error message: which layout an unexpected folder looks like."""
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         for layout in FORMATS.values():
             if layout.is_there(place):

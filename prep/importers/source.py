@@ -44,13 +44,13 @@ class Camera(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthFile:
-    """A depth map of the view of its image, in whatever size.
+    """A depth map of its image's view, at any size.
 
     encoding: half (16-bit PNG whose bits are half floats), uint16 (16-bit PNG), float (EXR, TIFF, npy or npz), colmap
     (COLMAP's .bin), record3d (LZFSE of float32). unit: of a stored number, in the units of the translations. kind:
-    stereo, sensor, mvs or rendered; what lies farthest in stereo depth is noise, and is dropped. nothing: a stored
-    number that means unknown, beside 0. intrinsics [3, 3]: of the depth map, in its pixels, where its camera, in the
-    image's place, has others than the image; None: its sides are those of the image.
+    stereo, sensor, mvs or rendered; the farthest stereo depths are noise, and are dropped. nothing: a stored number
+    that means unknown, besides 0. intrinsics [3, 3]: of the depth map, in its own pixels, if its camera has the image's
+    pose but other intrinsics; None: it covers exactly the image.
     """
 
     path: Path
@@ -93,10 +93,10 @@ Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in pixels, (0, 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """What an importer makes of one capture: frames in their order, before it is said what they are for.
+    """What an importer reads from one capture: frames in order, not yet assigned to a split.
 
-    place: the folder; captures of one place go to one split. unusable: images without a pose, entries that are none:
-    path, reason. files: those that say what the capture is. metric: whether lengths are meters; None: not known.
+    place: the folder; captures of one place go to one split. unusable: (path, reason) of images without a pose and of
+    invalid entries. files: those that define the capture. metric: whether lengths are meters; None: not known.
     """
 
     name: str
@@ -133,7 +133,7 @@ def by_number(path: Path | str) -> list[tuple[int, str]]:
 
 
 def frame_name(path: Path) -> str:
-    """Of an image's path from its capture's folder: its file's name, after the folders that tell it from others."""
+    """The frame name for an image's path in its capture: folders (without images/) and stem, joined by hyphens."""
     parts = path.with_suffix("").parts
     return "-".join(parts[1:] if parts[:1] == ("images",) and len(parts) > 1 else parts)
 

@@ -35,10 +35,10 @@ def _pixels(
 
 
 class Target:
-    """The stored image of a frame, and where its pixels lie in the source image, before both are turned.
+    """The stored image of a frame, and where its pixels lie in the source image, before any quarter turn.
 
-    source, size: height and width of both; factor: of an edge's place in the stored image, (y, x); lens: between them;
-    intrinsics [3, 3]: of the source image; quarter_turns: counterclockwise, of what is stored.
+    source, size: (height, width) of the source and the stored image; factor: (y, x) scale of edges from source to
+    stored; lens, intrinsics [3, 3]: of the source; quarter_turns: counterclockwise, applied last.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Target:
         self.intrinsics, self.quarter_turns = intrinsics, quarter_turns
 
     def pick(self, values: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
-        """The nearest of values [h, w], of the source's view in any size, for each pixel of the stored image.
+        """For each stored pixel, the nearest of `values` [h, w], a map of the source's view at any size.
 
-        own: intrinsics [3, 3] of the camera of values, if they differ; what it does not see becomes 0.
+        own: intrinsics [3, 3] of the map's camera, if they differ; pixels that it does not see become 0.
         """
         shape = values.shape[0], values.shape[1]
         if self.lens is None:
@@ -84,7 +84,7 @@ class Target:
         return rows, columns, inside[0] & inside[1]
 
     def scatter(self, depth: np.ndarray, own: np.ndarray | None) -> np.ndarray:
-        """Each sample of a depth map [h, w] that is coarser than the stored image in one pixel: none is spread."""
+        """Put each sample of a depth map [h, w], coarser than the stored image, in one pixel; gaps stay empty."""
         rows, columns = np.nonzero(depth > 0)
         (row_scale, row_offset), (column_scale, column_offset) = self._to_map(depth.shape, own)
         pixels = np.column_stack([(columns - column_offset) / column_scale, (rows - row_offset) / row_scale])
@@ -113,7 +113,7 @@ class Target:
 def stored_depth(
     frame: Frame, target: Target, extrinsics: np.ndarray, intrinsics: np.ndarray
 ) -> tuple[np.ndarray, float, float | None]:
-    """Half floats as stored, 0 where unknown, their factor, and the median of what is known (None: nothing).
+    """Half floats to store, 0 where unknown, their scale factor, and the median known depth (None: none).
 
     extrinsics [3, 4], intrinsics [3, 3]: the stored image's camera, before it is turned. The median is in the units of
     the translations. Raises BadFrameError.
@@ -136,7 +136,7 @@ def stored_depth(
 
 
 def _stored_halves(depth: DepthFile, mask: Mask | None, target: Target) -> tuple[np.ndarray, float, float | None]:
-    """Of a file that holds half floats: as they are, but without what lies farthest, if it is of stereo."""
+    """As stored_depth, for a file of half floats: unchanged, but without the farthest stereo depths."""
     halves = target.pick(_checked(read_png(depth.path, "depth", np.uint16), target)).view(np.float16)
     valid = np.isfinite(halves) & (halves > 0)
     halves = _masked(np.where(valid, halves, np.float16(0)), mask, target)
@@ -239,7 +239,7 @@ def _read_colmap(path: Path) -> np.ndarray:
 
 
 def _read_record3d(path: Path, image_size: tuple[int, int]) -> np.ndarray:
-    """LZFSE of float32, in as many rows and columns as their number and the image's shape say."""
+    """LZFSE of float32; the map's size follows from their count and the image's aspect ratio."""
     try:
         import liblzfse
     except ImportError as error:

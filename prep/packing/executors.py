@@ -27,7 +27,7 @@ IDLE_CHECK = 10  # seconds
 def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecutor]:
     """Worker processes forked from a server that has imported these modules and has no threads running.
 
-    An interrupt ends them at once: what they make appears under its name only when whole.
+    An interrupt ends them at once, which is safe: files get their names only when whole.
     """
     context = fork_server(preload, {signal.SIGINT})  # which the parent handles
     _wait_for_server(context)
@@ -48,7 +48,7 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
 
 
 def _wait_for_server(context: ForkServerContext) -> None:
-    """Until the server has imported, a stop waits, too: it would have a worker that is being started end noisily."""
+    """Block stop signals until the server has imported: they would make a worker that is starting end noisily."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         first = context.Process(target=int)
@@ -99,7 +99,7 @@ def dask_cluster(address: str) -> Iterator[tuple[Executor, int]]:
 
 
 def _say_when_idle(client: Any, address: str, ended: threading.Event) -> None:
-    """Dask waits for workers forever, as they may come back; whoever watches must know that it does."""
+    """Warn when no workers are left: Dask then waits forever, in case they come back."""
     while not ended.wait(IDLE_CHECK):
         with suppress(OSError):  # the scheduler is gone: its tasks fail, too
             if not client.nthreads():

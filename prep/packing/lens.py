@@ -20,8 +20,8 @@ PRECISE = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 100, 1e-10)
 class Lens:
     """The lens of a camera with intrinsics [3, 3] whose images are height x width pixels.
 
-    intrinsics: those of the pinhole camera in its place, [3, 3], of the same size, centered, with square pixels. Its
-    focal length is the smallest at which every pixel shows something that the lens saw.
+    intrinsics [3, 3]: of the pinhole camera that replaces it: the same size, centered, with square pixels, and the
+    smallest focal length at which every pixel shows something that the lens saw.
     """
 
     def __init__(self, intrinsics: np.ndarray, distortion: Distortion, height: int, width: int) -> None:
@@ -79,7 +79,7 @@ class Lens:
         return x, y
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, made again only for another key: frames of a capture mostly need the same."""
+        """The result of `make`, cached by key: most frames of a capture need the same result."""
         kept = self._kept.get(key)
         if kept is None:
             kept = make()

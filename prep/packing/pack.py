@@ -28,9 +28,9 @@ PATIENCE = 90  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class PackResult:
-    """What a pack did. skipped: reason -> sequences that the source did not give; in_both: sequences of both splits.
+    """What a pack did. skipped: reason -> sequences the source omits; in_both: sequences in both splits.
 
-    bad: (path, reason, detail); short: (split/category/sequence, usable frames); doubtful: (the same, why).
+    bad: (path, reason, detail); short: (place, usable frames); doubtful: (place, why); place: split/category/sequence.
     """
 
     splits: dict[str, dict[str, int]]
@@ -59,12 +59,12 @@ def pack(
     on_plan: Callable[[int, int], None] = lambda frames, kept: None,
     on_shard: Callable[[ShardDone], None] = lambda done: None,
 ) -> PackResult:
-    """Pack all of `source` into directory `out` and return what came of it.
+    """Pack all of `source` into directory `out`, and return the result.
 
-    parallel: shards that the executor makes at once. on_plan is told the number of frames in all and of those in
-    shards that are there already, on_shard each further shard as it is finished. Raises PackError if `out` holds
-    something else, nothing can be packed, more than the fraction max_bad of the frames is bad, or a frame is both to
-    train and to test on, unless that is allowed.
+    parallel: how many shards the executor makes at once. on_plan receives the number of all frames, and of frames in
+    shards that already exist; on_shard receives each new shard when it is finished. Raises PackError if `out` holds
+    something else, nothing can be packed, more than the fraction max_bad of the frames is bad, or a frame is in both
+    splits, unless that is allowed.
     """
     plan, in_both = make_plan(source, options, allow_shared_frames)
     total = sum(job.frames for job in plan)
@@ -81,7 +81,7 @@ def pack(
         return _result(out, source, in_both)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work, f"{out}: another pack is at work there"):
-        has_job = (work / JOB_FILE).exists()  # without, all that is there was left by a kill in _clear
+        has_job = (work / JOB_FILE).exists()  # if not, a kill during _clear left all files here
         remove_leftovers(out)
         for leftover in work.glob("*.tmp" if has_job else "*.*"):
             leftover.unlink()
@@ -107,7 +107,7 @@ def _run(
 ) -> None:
     """Make these shards until more than `most_bad` frames are bad.
 
-    A few more jobs are submitted than run at once: memory does not grow with the dataset.
+    Only a few jobs are queued at a time, so memory does not grow with the dataset.
     """
     pending: dict[Future[ShardDone], str] = {}
     stamp = sha256(out / WORK_FOLDER / JOB_FILE)
@@ -130,8 +130,8 @@ def _run(
     finally:
         for future in pending:
             future.cancel()
-        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # then whoever started the workers ends them
-            wait(pending)  # those that run cannot be cancelled, and still write
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # on interrupt, the workers' owner ends them
+            wait(pending)  # running jobs cannot be cancelled, and still write
 
 
 def _collect(pending: dict[Future[ShardDone], str], out: Path) -> Iterator[ShardDone]:

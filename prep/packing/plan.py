@@ -28,8 +28,8 @@ class PackOptions(FrameOptions):
 class ShardJob:
     """A shard to be made: the unit of work, self-contained.
 
-    summary: category, name, annotated frames, and how many have depth, of each sequence; content: the sequences, which
-    a large dataset has too many of to hold them as they are.
+    summary: (category, name, annotated frames, frames with depth) of each sequence; content: the sequences, compressed
+    to save memory with large datasets.
     """
 
     split: str
@@ -47,9 +47,9 @@ class ShardJob:
 
 
 def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -> tuple[list[ShardJob], int]:
-    """The shards to make, and how many sequences are both to train and to test on (source: train comes first).
+    """The shards to make, and how many sequences are in both splits (the source gives train first).
 
-    Raises PackError if that is true of frames, unless it is allowed.
+    Raises PackError if a frame is in both splits, unless that is allowed.
     """
     plan, in_both = [], 0
     trained, images = set[tuple[str, str]](), [np.empty(0, np.int64)]  # hashes of files: a large dataset has millions
@@ -77,14 +77,14 @@ def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -
 
 
 def _are_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Which of them are among many in order: np.isin would go through all of these each time."""
+    """Which values are in a long sorted array, which np.isin would scan in full on each call."""
     if not len(ordered):
         return np.zeros(len(values), bool)
     return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
 
 
 def _filled(source: Source, options: PackOptions) -> Iterator[tuple[str, str, list[Sequence]]]:
-    """Split, name and sequences of each shard: filled with whole sequences, as the annotations alone say."""
+    """Split, name and sequences (always whole) of each shard; this depends on the annotations only."""
     split, number, held = "", 0, list[Sequence]()
     for sequence in source.sequences():
         full = sum(s.annotated for s in held) >= options.shard_frames

@@ -55,7 +55,7 @@ def read_image(data: bytes, what: str, flags: int = cv2.IMREAD_UNCHANGED) -> np.
 
 
 def read_rgb(data: bytes) -> np.ndarray:
-    """The pixels of an image in any format that OpenCV reads as RGB uint8 [H, W, 3], as they are stored.
+    """The stored pixels, as RGB uint8 [H, W, 3], of an image in any format that OpenCV reads.
 
     An EXIF orientation is not applied: cameras belong to the stored pixels. Raises BadFrameError.
     """
@@ -68,7 +68,7 @@ def read_rgb(data: bytes) -> np.ndarray:
 
 
 def _read_heic(data: bytes) -> np.ndarray:
-    """As its decoder gives it: a turn that such a file describes is part of the picture there."""
+    """As decoded, with the file's rotation applied: in HEIC, that is part of the image."""
     try:
         import pillow_heif
     except ImportError as error:

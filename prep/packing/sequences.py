@@ -1,4 +1,4 @@
-"""What only all frames of a sequence together can tell: a common origin, and whether their lengths fit."""
+"""What needs all frames of a sequence: a common origin, and a check of camera distances and depths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recentered(frames: list[PackedFrame]) -> list[PackedFrame]:
 
 
 def _moved(extrinsics: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """Camera-from-world [3, 4], of a world whose origin was `origin`."""
+    """Camera-from-world [3, 4] once `origin` is the world's origin."""
     rotation, translation = extrinsics[:, :3], extrinsics[:, 3]
     return np.column_stack([rotation, translation + rotation @ origin])
 

@@ -38,8 +38,8 @@ class ShardDone:
 def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> ShardDone:
     """Make one shard: its tar in `out`, then its rows of the index, then its report. Runs in a worker.
 
-    stamp: SHA-256 of the record of the pack this is for. Raises PackError if `out` now holds another one: a worker of
-    a cluster may come to this long after who asked for it is gone.
+    stamp: SHA-256 of the job file of the pack this is for. Raises PackError if `out` now holds another one: a cluster
+    worker may start this long after that pack has ended.
     """
     _check_stamp(out, stamp)
     cv2.setNumThreads(1)  # there is a worker a core
@@ -65,9 +65,9 @@ def _check_stamp(out: Path, stamp: str) -> None:
 def _write_shard(
     tar: Path, sequences: list[Sequence], options: PackOptions, check: Callable[[], None]
 ) -> tuple[ShardReport, bool]:
-    """Make a tar, unless all of it is left out; what there is to report, and whether. check comes last, and may raise.
+    """Make a tar, unless all its sequences are left out; return the report and whether it was made.
 
-    What lies there is not removed: should too much be bad, it may be all that there is.
+    check runs last, and may raise. An old tar is kept: if too much is bad, it may be all there is.
     """
     report: ShardReport = {"bad": [], "short": [], "doubtful": []}
 

@@ -21,9 +21,9 @@ JOB_FILE = "job.json"
 
 
 def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, int]:
-    """The shards that are done, and how many bad frames each has; without those that have some if these are too many.
+    """The finished shards, and how many bad frames each has.
 
-    Then the dataset may have been repaired since, and they are made again.
+    If there are too many bad frames, shards with any are repacked: the dataset may have been repaired since.
     """
     kept = {entry.name: len(_report(out, entry.name)["bad"]) for entry in plan if is_done(out, entry.name)}
     if sum(kept.values()) <= most_bad:
@@ -35,9 +35,9 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
 
 
 def reopen(out: Path) -> None:
-    """Leave records of the shards of a finished set that lost some file, for those whose tars are as they were to stay.
+    """Write shard records for a finished set that lost files, so that shards with unchanged tars are kept.
 
-    None if there was no such set. Without its report nobody knows what was left out, which is said of each.
+    Does nothing without such a set. If the set's report is lost, each record says that its shard may lack frames.
     """
     if not (out / DATASET_FILE).exists():
         return
@@ -54,7 +54,7 @@ def reopen(out: Path) -> None:
 
 
 def record_file(out: Path, name: str) -> Path:
-    """Where it is written what became of a shard: what the index says of its tar, and what there is to report."""
+    """The path of a shard's record: what the index says about its tar, and what there is to report."""
     return out / WORK_FOLDER / f"{name}.json"
 
 
@@ -63,9 +63,9 @@ def _report(out: Path, name: str) -> dict[str, Any]:
 
 
 def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) -> None:
-    """Write the report of all shards that were made and the index.
+    """Write the index, and the report of all shards.
 
-    If too much is bad, only a report, where it replaces none of a finished set.
+    If too many frames are bad, write only a report, and do not replace a finished set's.
     """
     work = out / WORK_FOLDER
     reports = {name: _report(out, name) for name in names if is_done(out, name)}
@@ -163,7 +163,7 @@ def is_done(out: Path, name: str) -> bool:
 
 
 def read_report(out: Path) -> dict[str, ShardReport] | None:
-    """Shard -> what there is to report of it, for shards of which there is. None if the report is gone or damaged."""
+    """Shard -> its report, for shards with something to report. None if the report file is missing or damaged."""
     try:
         report = json.loads((out / REPORT_FILE).read_bytes())
     except (FileNotFoundError, ValueError):

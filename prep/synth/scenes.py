@@ -79,8 +79,8 @@ def _render(folder: Path, options: SynthOptions, executor: Executor, on_scene: C
     finally:
         for future in futures:
             future.cancel()
-        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # then whoever started the workers ends them
-            wait(futures)  # those that run still write
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # on interrupt, the workers' owner ends them
+            wait(futures)  # running jobs still write
     (folder / "annotations").mkdir()
     for name, sequences in annotations.items():
         data = gzip.compress(json.dumps(sequences, sort_keys=True).encode(), mtime=0)
@@ -197,10 +197,10 @@ def make_orbit(rng: np.random.Generator, unit: float, frames: int) -> list[Camer
 
 
 def stereo_depth(rng: np.random.Generator, depth: np.ndarray, cosine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What multi-view stereo would leave of a depth map [H, W]: the bits of half floats, and the mask of good ones.
+    """Simulate multi-view stereo of a depth map [H, W]: the bits of half floats, and the mask of good ones.
 
-    Nothing at grazing angles, at the edges of things and in blobs of poor texture; beside that, wrong values that
-    the mask marks as not to be trusted. Depth that the mask keeps is exact to half floats.
+    At grazing angles, at object edges and in blobs of poor texture, depth is missing, or wrong and masked out. Depth
+    that the mask keeps is exact to half-float precision.
     """
     height, width = depth.shape
     blobs = cv2.resize(rng.standard_normal((12, 16)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)

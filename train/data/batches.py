@@ -58,11 +58,11 @@ def _worker() -> tuple[int, int]:
 
 
 def load_ahead(split: Split, steps: Iterator[Step], spare: int) -> Iterator[dict[str, Any]]:
-    """The batch of each step; a worker reads the next one while this one is decoded: waiting for storage costs little.
+    """The batch of each step. A worker reads the next one while it decodes this one, which hides storage latency.
 
-    (Not so the trainer itself, without workers: a stop would have to wait for the thread that reads.) What ends the
-    data for good is the last item, {"error": what to tell the user}: exceptions of a worker process arrive with its
-    traceback for a message.
+    (Without workers the trainer does not: a stop would have to wait for the reading thread.) An error that ends the
+    data is the last item, {"error": message for the user}: exceptions of a worker process arrive with a traceback
+    as their message.
     """
     try:
         if get_worker_info() is None:
@@ -87,11 +87,11 @@ def _load_ahead(split: Split, steps: Iterator[Step], spare: int) -> Iterator[dic
 
 
 def wait_for_shared_memory(size: int, spare: int) -> None:
-    """Until a batch of that many bytes, and `spare` more, fit where workers hand it over.
+    """Wait until a batch of `size` bytes, and `spare` more like it, fit into shared memory.
 
     Raises StorageError if they never do.
 
-    Torch would lose the batch, and the trainer wait forever for it.
+    Else torch loses the batch, and the trainer waits forever.
     """
     began = time.monotonic()
     while (free := _free_shared_memory()) <= (1 + spare) * size and time.monotonic() - began < SHARED_MEMORY_PATIENCE:

@@ -50,9 +50,9 @@ def crop_image(
 
 
 def crop_depth(depth: np.ndarray, center: tuple[float, float], scale: float, shape: StepShape) -> np.ndarray:
-    """The same crop of a depth map, each pixel taken from its nearest one: depths are never averaged. [H, W].
+    """The same crop of a depth map, by nearest neighbor: depths are never averaged. [H, W].
 
-    Of sparse points, or of depth coarser than the image, each has its one pixel: picking would lose most of them.
+    Points of sparse depth, or of depth coarser than the image, are moved one by one: sampling would lose most.
     """
     if are_scattered(depth):
         offset = (shape.height - 1) / 2 - center[1] * scale, (shape.width - 1) / 2 - center[0] * scale

@@ -27,7 +27,7 @@ class NoDataError(ValueError):
 
 
 def next_batch(batches: Iterator[dict[str, Any]], stop: StopRequest) -> dict[str, Any] | NoDataError | None:
-    """The next batch, or why there is none to be had; None: a signal asked to stop while it was waited for."""
+    """The next batch, or the reason that there is none; None: a signal asked to stop during the wait."""
     try:
         with stop.interruptible():
             return next(batches)
@@ -40,10 +40,9 @@ def next_batch(batches: Iterator[dict[str, Any]], stop: StopRequest) -> dict[str
 def stream(
     make: Callable[[DataState | None], IterableDataset], steps: range, workers: int, pin_memory: bool
 ) -> Iterator[dict[str, Any]]:
-    """The batches of make(None), across the death of worker processes: then make(state of the last batch) continues.
+    """The batches of make(None). If a worker process dies, make(state of the last batch) continues.
 
-    steps: what the batches are of. Raises NoDataError if one of them does not come, data cannot be had, or workers die
-    again and again.
+    steps: those of the batches. Raises NoDataError if a batch does not come, there is no data, or workers keep dying.
     """
     state: DataState | None = None
     expected, deaths = steps.start, 0
@@ -85,7 +84,7 @@ def _next(loader: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
     while True:
         try:
             return next(loader, None)
-        except RuntimeError as error:  # of LOOK_EVERY seconds; that of a dead worker says so
+        except RuntimeError as error:  # LOOK_EVERY seconds have passed, or a worker died
             if TIMED_OUT not in str(error) or time.monotonic() - began > PATIENCE:
                 raise
 

@@ -151,12 +151,12 @@ class TrainingPlan:
         return StepShape(views, image_height(config.width, rng.uniform(*config.aspect)), config.width)
 
     def after(self, state: DataState) -> DataState:
-        """The state once the step that `state` stands before is done."""
+        """The state after step `state.step`."""
         taken = np.bincount(self._sources(state.step), minlength=len(self.lengths))
         return DataState(state.step + 1, tuple(int(p + n) for p, n in zip(state.positions, taken, strict=True)))
 
     def step(self, state: DataState, rank: int) -> Step:
-        """What `rank` loads for the step that `state` stands before."""
+        """What `rank` loads for step `state.step`."""
         shape, sources = self.shape(state.step), self._sources(state.step)
         count = len(sources) // self.world_size
         scenes = []
@@ -193,8 +193,8 @@ def validation_plan(
 ) -> tuple[list[Step], int]:
     """The scenes `rank` validates on, one a step: always the same, evenly spaced over all sets and in each sequence.
 
-    Also how many of them count: every rank has equally many, as those that share a model must, and where they cannot
-    be shared out evenly some repeat the first.
+    Also how many of them count: all ranks have equally many, as ranks that share a model must. If the scenes do not
+    divide evenly, some ranks repeat the first.
     """
     everything = [(source, number) for source, part in enumerate(lengths) for number in range(len(part))]
     chosen = np.linspace(0, len(everything) - 1, min(config.val_scenes, len(everything))).round().astype(int)

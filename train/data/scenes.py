@@ -33,7 +33,7 @@ from train.data.split import Members, Split, frame_rows, read_step
 
 log = logging.getLogger(__name__)
 
-_CROP, _JITTER = 1, 2  # uses of a scene's seed; not 0, which a seed sequence cannot tell from nothing
+_CROP, _JITTER = 1, 2  # uses of a scene's seed; not 0, as seed sequences ignore trailing zeros
 MAX_DAMAGED = 200  # frames of a scene: beyond that there is no point in looking for others
 Arrays = dict[str, np.ndarray]
 
@@ -58,7 +58,7 @@ def load_step(split: Split, step: Step, members: list[list[Members]] | None = No
 
 
 def blank_batch(step: Step) -> dict[str, Any]:
-    """Of the shape of a step's batch, with nothing in it: for a rank that has no data, while others have theirs."""
+    """A batch of the step's shape with nothing in it, for a rank without data while others have theirs."""
     arrays = empty_arrays(len(step.scenes), step.shape)
     for array in arrays.values():
         array[...] = 0
@@ -85,9 +85,9 @@ def load_scene(
 ) -> tuple[list[str], Counter[str]]:
     """Fill `out`, arrays without the scenes' axis, with a scene; members: those of its frames.
 
-    Returns the keys of its views, and how many frames were damaged, by file. Such a frame gives way to another of its
-    sequence, a sequence without any to the next one, by rules that depend on the scene alone, so they are the same
-    under any workers and ranks. Raises DamagedMemberError if no frame of any sequence can be used.
+    Returns the keys of its views, and how many frames were damaged, by file. Another frame of its sequence replaces
+    a damaged one; if a sequence has no usable frame, the next sequence replaces it. The rules depend on the scene
+    alone, not on workers or ranks. Raises DamagedMemberError if no frame of any sequence can be used.
     """
     lengths, shard_set = split.lengths[scene.source], split.shard_sets[scene.source]
     keys, bad = _load_views(split, scene, shape, members, out)

@@ -20,7 +20,7 @@ LOOK_EVERY = 5  # seconds: whether workers still live
 
 
 def make_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> StatefulDataLoader:
-    """Runs the dataset in worker processes, whole batches in order. Where we are is in the batches, not in here."""
+    """Runs the dataset in worker processes, whole batches in order. The batches, not the loader, hold the state."""
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: they wait for storage
     # A signal to the whole process group must not take the next batch away from a trainer that finishes its step.
@@ -45,9 +45,9 @@ def start_worker(_: int) -> None:
 
 @atexit.register
 def kill_workers() -> None:
-    """At the end of a trainer, however it ends: asked by SIGTERM, as Python does it, they would not, and it would wait.
+    """Kill the workers at exit: they block the SIGTERM that Python sends, and the trainer would wait for them.
 
-    Registered after what multiprocessing does at exit, it comes before.
+    It runs before multiprocessing's exit handler, as it is registered later.
     """
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -102,9 +102,9 @@ def keep(folder: Path, step: int) -> Path:
 
 
 def _restore_links(folder: Path, *, repair: bool) -> None:
-    """Copying a run may have made files of its links: link again. Raises ValueError for a file that is in no step's.
+    """Restore links that copying a run has turned into files. Raises ValueError for one that equals no step's file.
 
-    Or it has dropped them, and with them what they protected, which nobody knows then: all that is there is kept.
+    If copying has dropped the links, nobody knows which checkpoints they protected, so all that remain are kept.
     """
     steps = steps_saved(folder)
     if repair and len(steps) > 1 and not any(path.is_symlink() or path.name == LATEST for path in folder.glob("*")):

@@ -105,15 +105,15 @@ def check_same_settings(settings: dict[str, Any], config: TrainConfig) -> None:
 
 
 def real_name(init: str) -> str:
-    """What `init` is for good: a link such as checkpoints/latest will name another checkpoint later."""
+    """`init`, with a link resolved: checkpoints/latest will point at another checkpoint later."""
     path = Path(init).expanduser()
     return str(path.resolve()) if path.is_symlink() else init
 
 
 def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:
-    """A run's configuration with the `init` that it began from, over which export lays its weights.
+    """The configuration with the `init` that the run began from, which export builds on.
 
-    Its place may have changed. Raises ValueError if it began from nothing, and is now given one.
+    The path may have changed. Raises ValueError if the run began without one, and one is given now.
     """
     now = config.init and real_name(config.init)
     if now is not None and before is None:
@@ -128,9 +128,9 @@ def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:
 
 
 def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig, scenes: list[str]) -> None:
-    """Keep what the settings before have kept: milestones, and a best that is chosen differently from now on.
+    """Keep what the former settings kept: milestones, and the best checkpoint if it is now chosen differently.
 
-    Differently: by another metric or on other scenes than these, or in validations whose file is gone.
+    That is so if the metric or the scenes have changed, or the file of its validations is gone.
     """
     folder = out_dir / "checkpoints"
     milestone = before["checkpoint"].get("milestone")

@@ -42,9 +42,9 @@ def trained_width(source: str) -> int | None:
 
 
 def trained_before(source: str | None, expected: str | None = None) -> tuple[list[Part], list[str]]:
-    """The splits that a checkpoint was trained on, those of its `init` included, and what of that is not known.
+    """The splits that a checkpoint and the `init`s before it were trained on, and messages on what is unknown.
 
-    Nothing of either for None, which is random. expected: the fingerprint that its weights must have, if known.
+    Both are empty for None (random weights). expected: the fingerprint that its weights must have, if known.
     """
     parts: list[Part] = []
     unknown: list[str] = []
@@ -99,7 +99,7 @@ def what_is_validated(
 
 
 def _open_part(path: str, digest: str, split: str, who: str) -> tuple[list[Part], list[str]]:
-    """A set that was trained on, if it is still there, or what is not known. digest: its path where there is none."""
+    """A set that was trained on, if it is still there, else a message. digest: `path` if it is not known."""
     try:
         opened = shards.open(path)
         if digest not in (path, opened.digest):

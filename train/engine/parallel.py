@@ -22,11 +22,11 @@ Strategy = Literal["ddp", "fsdp"]
 
 
 def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> nn.Module:
-    """The model as the ranks train it together; a single one keeps it as it is. Every rank must hold equal weights.
+    """The model, set up for joint training; unchanged for a single rank. Every rank must hold equal weights.
 
-    With fsdp, parameters become tensors of which each rank holds a part, in place. bf16: those of the aggregator's
-    linear layers, which bf16 autocast would round at every use anyway, travel between ranks as bf16; everything else,
-    and all gradients, as float32.
+    With fsdp, parameters are sharded over the ranks, in place. bf16: whether ranks exchange the parameters of the
+    aggregator's linear layers as bf16, as bf16 autocast would round them at every use anyway; everything else, and
+    all gradients, are exchanged as float32.
     """
     if world.size == 1:
         return model
@@ -39,7 +39,7 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
     for module in model.aggregator.modules():
         if isinstance(module, Attention | Mlp):
             fully_shard([m for m in module.children() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=policy)
-    # No caller works in place on what a part returns, of which it warns.
+    # FSDP warns of in-place edits of module outputs; no caller does any.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     in_float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     for name, module in model.named_children():
@@ -51,9 +51,9 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
 
 @contextmanager
 def gradient_sync(model: nn.Module, shared: bool) -> Iterator[None]:
-    """Whether the backward passes inside exchange gradients with the other ranks; if not, they pile up here.
+    """shared: whether the backward passes inside exchange gradients between ranks; if not, they accumulate here.
 
-    fsdp exchanges them always: whole gradients on every rank are what it is there to avoid.
+    fsdp always exchanges them: its purpose is to avoid whole gradients on each rank.
     """
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not shared else nullcontext():
         yield

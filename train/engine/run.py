@@ -128,9 +128,9 @@ class Run:
         return next((problem for problem in self.world.gather(mine) if problem is not None), None)
 
     def _end_early(self, state: DataState, problem: NoDataError | None) -> bool:
-        """Save what was reached, for a signal asked to stop (True) or, the same on every rank, data cannot be had.
+        """Save the state reached. Returns True if a signal asked to stop, raises NoDataError for `problem`.
 
-        Raises NoDataError in the latter case.
+        `problem` must be the same on every rank.
         """
         self._save(state, stopped=problem is None)
         if problem is not None:
@@ -158,7 +158,7 @@ class Run:
         return False
 
     def _publish(self, result: Validation, step: int) -> None:
-        """Everything that people see of a validation. The history is written last of what a resumed run looks at."""
+        """Report a validation. Of the files that a resumed run reads, the history is written last."""
         assert self.validator is not None
         reporter, name = self.reporter, self.config.data.val_split
         if not reporter.is_main:
@@ -180,14 +180,14 @@ class Run:
             reporter.picture(step, "contact_sheet", sheet)
 
     def _best_step(self, step: int) -> int | None:
-        """The step of the best validation so far that has a checkpoint, or can get one: `step`, or the first."""
+        """The step of the best validation among the first, `step`, and those that have a checkpoint."""
         saved = {*steps_saved(self.out_dir / "checkpoints"), step}
         return ValidationHistory(self.out_dir).best_step(self.config.checkpoint.best, saved)
 
     def _save(self, state: DataState, *, stopped: bool = False) -> None:
-        """A checkpoint from which the data resumes at `state`, unless there is one or nothing to save. All ranks call.
+        """Save a checkpoint at `state`, unless there is one or nothing to save. All ranks must call it.
 
-        stopped: leave word that the run wants to be started again.
+        stopped: leave a file that asks for the run to be started again.
         """
         world, folder = self.world, self.out_dir / "checkpoints"
         if state.step and not world.from_main(lambda: state.step in steps_saved(folder)):

@@ -121,7 +121,7 @@ CONFIG_FILE = "config.yaml"  # of a run
 
 
 def write_config(out_dir: Path, config: TrainConfig, *, keep_other: bool) -> bool:
-    """Leave the configuration of a run in its folder; whether another one was there, and was kept under a number."""
+    """Write a run's configuration to its folder; returns whether another one was there and was set aside."""
     path, content = out_dir / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
     kept = keep_other and path.is_file() and path.read_bytes() != content and set_aside(path)
     with atomic_file(path) as file:

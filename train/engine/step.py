@@ -62,10 +62,10 @@ def train_step(
     bad: int = 0,
     tried: int = 0,
 ) -> StepOutcome:
-    """Move the parameters by one step, unless on any rank the loss or a gradient is not finite.
+    """Update the parameters, unless some rank abandons the step or has a loss or gradient that is not finite.
 
-    Nor if one abandons it, which has no data and takes part for the sake of the others only. stop, abandon, bad and
-    tried are this rank's; the outcome's are over all ranks.
+    A rank without data abandons it: it takes part only to let others go on. stop, abandon, bad and tried are
+    this rank's; the outcome's are over all ranks.
     """
     terms = forward_backward(model, batch, config)
     norms = clip_gradients(unwrap(model), config.optim.clip)

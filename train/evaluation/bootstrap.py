@@ -41,10 +41,10 @@ def group_mean(values: Sequence[float], groups: Sequence[str] | None = None) -> 
 def estimate(values: Sequence[float], groups: Sequence[str] | None = None) -> Estimate:
     """group_mean and its interval, by resampling the scenes of each group, so that no group is ever left out.
 
-    For a paired comparison give the differences: what scenes have in common then cancels. As few scenes spread less
-    than what they are drawn from, each group's resampled means are widened about its mean by sqrt(n / (n - 1)), and the
-    interval by Student's quantile over the normal one (Hesterberg 2015, The American Statistician 69, 371), with one
-    degree of freedom fewer for each group. A group of a single scene is taken to spread as the others do.
+    For a paired comparison give the differences: the effect of each scene then cancels. A small sample varies less
+    than its population, so each group's resampled means are widened about its mean by sqrt(n / (n - 1)), and the
+    interval by the ratio of Student's to the normal quantile (Hesterberg 2015, The American Statistician 69, 371);
+    each group costs one degree of freedom. A group of one scene is assumed to vary as the others do.
     Raises ValueError without values.
     """
     mean, n, parts = group_mean(values, groups), len(values), _by_group(values, groups)

@@ -83,7 +83,7 @@ class Evaluator:
 
 
 def pick(evaluation: Evaluation) -> list[tuple[str, int]]:
-    """The scenes to show: what each is an example of, and its number. By poses, or by depth without a camera head."""
+    """The scenes to show: (kind, number). Ranked by pose errors, or by depth error without a camera head."""
     keys = ("rotation_deg", "translation_deg")
     if not any(is_finite(metrics.get(keys[0])) for metrics in evaluation.by_scene):
         keys = ("depth_abs_rel",)

@@ -76,9 +76,9 @@ METRICS = _metrics()
 
 
 def scene_metrics(predictions: dict[str, Any], batch: Batch) -> dict[str, float]:
-    """All of METRICS that are defined for one scene; predictions and batch are of one. NaN: a prediction is not finite.
+    """All METRICS that are defined for a scene, from predictions and a batch of one. NaN: a prediction is not finite.
 
-    There are none of poses without a camera head or a second view, none of depth without a depth head or true depth;
+    No pose metrics without a camera head or a second view; no depth metrics without a depth head or true depth;
     `points` come from depth and cameras, `point_map` from the point head.
     """
     found: dict[str, Tensor] = {}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QUERY_POINTS, CLOUD_POINTS = 4_000, 20_000  # of a scene: whose nearest neighbors are looked for, and among which
+QUERY_POINTS, CLOUD_POINTS = 4_000, 20_000  # of a scene: queries, and the points they are compared with
 DISTANCES_AT_ONCE = 50_000_000
 
 
 def point_errors(predicted: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """accuracy, completeness and chamfer [B] of clouds [B, N, 3] whose points correspond where the mask [B, N] is set.
 
-    The predicted cloud is laid over the true one by the similarity that fits the pairs best. accuracy is the mean
+    The similarity that fits the pairs best aligns the predicted cloud with the true one. accuracy is the mean
     distance of a predicted point from its nearest true one, completeness of a true one from its nearest predicted one,
-    chamfer their mean, as on DTU (Jensen et al. 2014) and in the VGGT paper. Of each cloud QUERY_POINTS, evenly chosen,
-    look for their neighbors among CLOUD_POINTS, so even two samples of one surface keep a distance of the order of
-    the spacing of those.
+    chamfer their mean, as on DTU (Jensen et al. 2014) and in the VGGT paper. QUERY_POINTS of each cloud are compared
+    with CLOUD_POINTS of the other, all evenly chosen, so even two samples of one surface are about as far apart as
+    the spacing of the latter.
     """
     scale, rotation, translation = umeyama(predicted, truth, mask)
     aligned = apply_similarity(scale, rotation, translation, predicted)

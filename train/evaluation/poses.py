@@ -22,8 +22,8 @@ def relative_errors(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Errors of relative poses [..., 3, 4] in degrees, two of [...].
 
     The first is the angle of the rotation between predicted and true rotation. The second is the angle between the
-    translations, folded to at most 90 degrees, as their sign is not told apart; no translation has no direction, which
-    counts as 90 degrees. (The published evaluation's, see tests/golden.) A global similarity changes neither.
+    translations, folded to at most 90 degrees, as their sign is ignored; a zero translation counts as 90 degrees.
+    (As in the published evaluation, see tests/golden.) A global similarity changes neither.
     """
     product = predicted[..., :3].transpose(-1, -2) @ truth[..., :3]
     cosine = (product.diagonal(dim1=-1, dim2=-2).sum(-1) - 1) / 2
@@ -52,10 +52,10 @@ def accuracy(errors: Tensor, limit: float) -> Tensor:
 
 
 def pose_auc(errors: Tensor, limit: int) -> Tensor:
-    """Area under the fraction of errors [..., N] (degrees) below an angle, from 0 to `limit`, in bins of one [...].
+    """Area under the fraction of errors [..., N] below an angle, 0 to `limit` degrees, in 1-degree bins: [...].
 
-    The mean over t = 1 .. limit of the fraction of errors below t, the last with those that equal it (as in numpy's
-    histogram, which the published evaluation uses). NaN if an error is.
+    The mean over t = 1 .. limit of the fraction of errors below t; the last also counts those equal to t (as in
+    numpy's histogram, which the published evaluation uses). NaN if an error is.
     """
     edges = torch.arange(1, limit + 1, device=errors.device)
     below = errors[..., None] < edges

@@ -32,10 +32,10 @@ def predict(
     with_points: bool = False,
     stop: StopRequest | None = None,
 ) -> Iterator[tuple[dict[str, Any], Batch, dict[str, Any]]]:
-    """Each step's batch as it was loaded and as it was prepared, and what the model makes of it.
+    """Each step's batch as loaded and as prepared, and the model's predictions for it.
 
-    With `stop` every rank must have equally many steps: all end early together once a signal asks one of them to.
-    Raises NoDataError, with `stop` on every rank.
+    With `stop`, every rank must have equally many steps; once a signal asks one rank to stop, all end together.
+    Raises NoDataError; with `stop`, on every rank.
     """
     steps = [replace(step, after=DataState(number + 1, ())) for number, step in enumerate(steps)]
     batches = stream(

@@ -17,9 +17,9 @@ FAST_SEQUENCES = 10  # a category
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """VGGT's on Co3D: of each test sequence of enough frames some are drawn at random, none twice.
+    """VGGT's protocol on Co3D: random frames, none twice, of each test sequence that is long enough.
 
-    fast: of each category FAST_SEQUENCES sequences at most, drawn at random. width: pixels of the images.
+    fast: at most FAST_SEQUENCES random sequences of each category. width: of the images, in pixels.
     """
 
     split: str = "test"
@@ -72,8 +72,8 @@ def choose(shard_sets: Sequence[ShardSet], protocol: Protocol) -> list[EvalSeque
 def _of_set(shard_set: ShardSet, source: int, protocol: Protocol) -> list[EvalSequence]:
     """The sequences to evaluate and their frames, in the order of the set; the draws depend on names and seed alone.
 
-    The height of the images is that of a sequence's first frame at the protocol's width, the nearest multiple of 14, at
-    most square. Raises ValueError if no sequence is long enough.
+    The height of the images follows the aspect ratio of the first drawn frame, rounded to a multiple of 14, at
+    most the width. Raises ValueError if no sequence is long enough.
     """
     rows = shard_set.sequences[shard_set.split(protocol.split)]
     long_enough = [i for i, row in enumerate(rows) if row["count"] >= protocol.min_frames]

@@ -163,9 +163,9 @@ def dense_loss(
 
 
 def filtered_mean(values: Tensor, mask: Tensor, valid_range: float) -> Tensor:
-    """The mean of the masked values under their quantile valid_range, nearest rank (of all of them if it is <= 0).
+    """The mean of the masked values below their quantile valid_range (nearest rank), or of all if it is <= 0.
 
-    The filter acts where there are over MIN_FILTERED values and as many remain; then values are clamped, too.
+    With over MIN_FILTERED values, values are clamped; they are filtered only if over MIN_FILTERED remain.
     """
     count = mask.sum()
     if valid_range <= 0:

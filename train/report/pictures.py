@@ -39,10 +39,10 @@ def _finite(values: Tensor) -> np.ndarray:
 
 
 def scene_block(scene: SceneResult) -> np.ndarray:
-    """RGB [H, W, 3]: a row for images, predicted and true depth, error and confidence, a column a view; a line says so.
+    """RGB [H, W, 3]: rows of images, predicted and true depth, error and confidence, named on top; columns are views.
 
-    Cameras from above on the right. Gray where the truth is unknown. Near is red, far is blue, the same colors for the
-    same depth within the scene, of which the predicted one is scaled as for the depth error.
+    Cameras from above on the right. Gray where the truth is unknown. Near is red, far is blue; a color stands for the
+    same depth everywhere in the scene. Predicted depth is scaled as for the depth error.
     """
     views = min(MAX_VIEWS, len(scene.images))
     truth = np.where(scene.mask[:views].numpy(), scene.truth[:views].numpy(), 0)

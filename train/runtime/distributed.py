@@ -52,7 +52,7 @@ class World:
         return values
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What the function gives on the main rank, on every rank; so is what it raises, if that is for users."""
+        """The main rank's result, for every rank. A ValueError or OSError there raises ValueError on all."""
         outcome: Any = (None, None)  # the value, or what is wrong
         if self.is_main:
             try:
@@ -84,10 +84,10 @@ def fail(error: Exception) -> NoReturn:
 
 
 def _fresh_store() -> Store:
-    """Where the ranks find each other, free of what ranks that died have left there.
+    """The store through which ranks find each other, without the entries of dead ranks.
 
-    torchrun 2.13 gives ranks that it restarts the store of those before, with their addresses in it, and they may wait
-    forever. On a single node all know how often that was. Raises ValueError on several, where they do not.
+    torchrun 2.13 gives restarted ranks the old store with its stale addresses, and they may wait forever. On a single
+    node all ranks know the number of restarts. Raises ValueError on several nodes, where they do not.
     """
     store, _, _ = next(rendezvous("env://"))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

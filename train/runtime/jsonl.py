@@ -20,7 +20,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The objects of a file that have a step and these keys, so none that a kill cut off; none if there is no file."""
+    """The objects of a file that have a step and these keys; skips cut-off lines; none if there is no file."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:

@@ -43,7 +43,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "", root: type | None = None) -> Any:
-    """An instance of a dataclass. root: the one that it is a section of, in which a misplaced key is looked for.
+    """An instance of a dataclass. root: the outermost one, which is searched for the place of a misplaced key.
 
     Raises ValueError naming the key, what was expected and what was found.
     """
@@ -69,7 +69,7 @@ def closest(word: str, known: list[str], prefix: str = "") -> str:
 
 
 def _meant(root: type, cls: type, prefix: str, key: str, value: Any) -> str:
-    """A hint at the key that was meant: of the same last name in another section, or else like it in this one."""
+    """A hint at the intended key: one of the same name in another section, else a similar one in this section."""
     wanted = {name.rpartition(".")[2] for name in flatten({key: value})}
     elsewhere = [name for name, _, _ in options(root) if name.rpartition(".")[2] in wanted]
     if elsewhere:
@@ -121,9 +121,9 @@ def _read_text(kind: Any, text: str, name: str) -> Any:
     takes_list = any(get_origin(kind) is tuple for kind in kinds)
     if takes_text and not (takes_list and text.startswith("[")):
         return str(text)
-    if int in kinds and re.fullmatch(r"[+-]?\d+", text):  # which YAML 1.1 reads as octal if it begins with 0
+    if int in kinds and re.fullmatch(r"[+-]?\d+", text):  # YAML 1.1 reads a leading 0 as octal
         return int(text)
-    if int in kinds and ":" in text:  # ... and this by 60
+    if int in kinds and ":" in text:  # ... and 1:30 in base 60
         raise ValueError(f"{name}: expected int, found {text!r}")
     try:
         return yaml.safe_load(text)
@@ -132,7 +132,7 @@ def _read_text(kind: Any, text: str, name: str) -> Any:
 
 
 def _fitting(kinds: tuple[Any, ...], value: Any) -> Any:
-    """Of several types the one for a list, or for anything else."""
+    """The type that fits: the tuple for a list, else another."""
     known = [kind for kind in kinds if kind is not types.NoneType]
     fitting = [kind for kind in known if (get_origin(kind) is tuple) == isinstance(value, list)]
     return (fitting or known)[0]

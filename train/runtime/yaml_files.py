@@ -10,7 +10,7 @@ import yaml
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Of equal keys YAML drops all but the last without a word: of two `data:` sections, the first."""
+    """Rejects repeated keys: YAML would silently keep only the last of two `data:` sections."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
