@@ -291,3 +291,11 @@ def test_guesses_are_what_they_say():
     assert (mean["rotation_deg"], mean["translation_deg"]) == (0, 0)
     assert flat["depth_abs_rel"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert baseline_metrics(batch | {"has_scale": torch.tensor([False])}, sideways)[BASELINES[2]] == {}
+
+
+def test_a_set_that_is_given_twice_under_other_names_is_refused(shard_dir, exported, tmp_path, capsys):
+    """Its scenes would count twice, and intervals be too narrow."""
+    (tmp_path / "link").symlink_to(shard_dir)
+    with pytest.raises(SystemExit):
+        evaluate_here(shard_dir, exported, tmp_path / "out", *OPTIONS, "--shards", str(tmp_path / "link"))
+    assert "--shards: two of them hold the same" in capsys.readouterr().err

@@ -172,11 +172,12 @@ def test_export_of_a_run_from_scratch_takes_no_init(run, shard_dir, tmp_path):
 
 
 def test_a_config_json_that_is_not_a_models_is_not_overwritten(run, tmp_path):
-    (tmp_path / "config.json").write_text("of a project")
+    (tmp_path / "config.json").write_text('{"title": "of a project"}')
+    (tmp_path / "model.pt").write_bytes(b"weights beside it")
     done = export(run, tmp_path)
     assert done.returncode == 1
     assert "config.json: is there, and not a model's" in done.stderr
-    assert (tmp_path / "config.json").read_text() == "of a project"
+    assert (tmp_path / "config.json").read_text() == '{"title": "of a project"}'
 
 
 def test_a_checkpoint_of_a_run_is_not_overwritten_by_whatever_path_it_is_named(run, tmp_path, monkeypatch):
