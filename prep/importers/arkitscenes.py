@@ -23,9 +23,8 @@ def is_there(folder: Path) -> bool:
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError for a trajectory of other lines. Images are stored upright: gravity is along the world's z."""
     times, poses = _trajectory(folder / TRAJECTORY)
-    images = next(found for name in IMAGES if (found := _by_time(folder / name)) or name == IMAGES[-1])
-    cameras = _by_time(folder / f"{_kind(images)}_intrinsics") or _by_time(folder / "lowres_wide_intrinsics")
-    depths = _by_time(folder / "lowres_depth")
+    kind = next((name for name in IMAGES if _by_time(folder / name)), IMAGES[-1])
+    images, cameras, depths = (_by_time(folder / name) for name in (kind, f"{kind}_intrinsics", "lowres_depth"))
     camera_times, depth_times = (np.fromiter(files, np.float64) for files in (cameras, depths))
     frames, unusable = [], []
     turns = _quarter_turns(poses)
@@ -81,10 +80,6 @@ def _by_time(folder: Path) -> dict[float, Path]:
         except ValueError:
             continue
     return dict(sorted(found.items()))
-
-
-def _kind(images: dict[float, Path]) -> str:
-    return next(iter(images.values())).parent.name if images else IMAGES[-1]
 
 
 def _nearest(files: dict[float, Path], times: np.ndarray, time: float) -> Path | None:

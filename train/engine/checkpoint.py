@@ -133,17 +133,14 @@ def _link(folder: Path, name: str, target: Path) -> None:
 
 def _drop_old(folder: Path, config: CheckpointConfig) -> None:
     """Remove the checkpoints that are not among the last and the milestones, nor what a link points at."""
+    folder = folder.resolve()
     kept = {step_file(folder, step) for step in steps_saved(folder)[-config.keep :]}
-    kept |= {folder / link.resolve().name for link in folder.glob("*") if link.is_symlink() and is_inside(link, folder)}
+    named = (folder / link.readlink() for link in folder.glob("*") if link.is_symlink())
+    kept |= {path.parent.resolve() / path.name for path in named}  # a checkpoint may be a link to another disk itself
     for step in steps_saved(folder):
         is_milestone = config.milestone is not None and step % config.milestone == 0
         if step_file(folder, step) not in kept and not is_milestone:
             step_file(folder, step).unlink()
-
-
-def is_inside(link: Path, folder: Path) -> bool:
-    """Whether what a link names lies in the folder, however that was written."""
-    return link.resolve().parent == folder.resolve()
 
 
 def steps_saved(folder: Path) -> list[int]:

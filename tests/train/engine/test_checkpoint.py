@@ -264,5 +264,9 @@ def test_what_a_link_of_the_users_names_in_full_stays(tmp_path, monkeypatch):
     folder = Path("run")
     filled(folder, (1, 2), CheckpointConfig(keep=2))
     (folder / "favorite").symlink_to(tmp_path / "run" / "step-00000001.pt")
+    (tmp_path / "disk").mkdir()
+    step_file(folder, 2).rename(tmp_path / "disk" / "moved.pt")
+    step_file(folder, 2).symlink_to(tmp_path / "disk" / "moved.pt")
+    keep(folder, 2)
     filled(folder, (3, 4), CheckpointConfig(keep=1))
-    assert steps_saved(folder) == [1, 4]
+    assert steps_saved(folder) == [1, 2, 4]
