@@ -11,8 +11,10 @@ import numpy as np
 
 from prep.importers.cameras import OpenCVCamera
 from prep.importers.source import DepthFile, Frame, Sequence
+from prep.synth.orbit import make_orbit
 from prep.synth.render import Camera, render
-from prep.synth.scenes import make_orbit, make_scene, stereo_depth
+from prep.synth.synth import stereo_depth
+from prep.synth.turntable import ORBIT, make_scene
 from shards.codecs import encode_jpeg
 
 LONG, SHORT = 1440, 1080
@@ -43,7 +45,7 @@ class Captures:
         scene = make_scene(rng, "mixed")
         height, width = (LONG, SHORT) if index % 2 else (SHORT, LONG)
         frames = []
-        for i, small in enumerate(make_orbit(rng, scene.unit, self.frame_count)):
+        for i, small in enumerate(make_orbit(rng, ORBIT, scene.unit, self.frame_count)):
             focal = small.intrinsics[0, 0] * LONG / max(small.height, small.width)
             k = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
             camera = Camera(cam_from_world=small.cam_from_world, intrinsics=k, height=height, width=width)

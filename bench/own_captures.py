@@ -26,8 +26,9 @@ from prep.packing.executors import process_pool
 from prep.packing.lens import lens_of
 from prep.packing.pack import pack
 from prep.packing.plan import PackOptions
+from prep.synth.orbit import make_orbit
 from prep.synth.render import Camera, render
-from prep.synth.scenes import make_orbit, make_scene
+from prep.synth.turntable import ORBIT, make_scene
 from shards.codecs import encode_depth, encode_jpeg
 from shards.geometry import nearest
 
@@ -41,7 +42,7 @@ def write_capture(folder: Path, suffix: str, distortion: dict[str, float]) -> No
     rng = np.random.default_rng(0)
     scene = make_scene(rng, "mixed")
     entries = []
-    for i, small in enumerate(make_orbit(rng, scene.unit, FRAMES)):
+    for i, small in enumerate(make_orbit(rng, ORBIT, scene.unit, FRAMES)):
         focal = small.intrinsics[0, 0] * LONG / max(small.height, small.width)
         k = np.array([[focal, 0, (LONG - 1) / 2], [0, focal, (SHORT - 1) / 2], [0, 0, 1]])
         camera = Camera(cam_from_world=small.cam_from_world, intrinsics=k, height=SHORT, width=LONG)

@@ -64,9 +64,9 @@ NEVER = 10**9
 def packed() -> Iterator[Split]:
     """Rendered scenes of the size that the demo's are."""
     from prep.importers.co3d import Co3D
-    from prep.synth.scenes import SynthOptions, synth
+    from prep.synth.synth import SynthOptions, synth
 
-    with TemporaryDirectory() as name, process_pool(2, ["prep.packing.pack", "prep.synth.scenes"]) as pool:
+    with TemporaryDirectory() as name, process_pool(2, ["prep.packing.pack", "prep.synth.synth"]) as pool:
         folder = Path(name)
         synth(folder, SynthOptions(scenes=16, frames=30, seed=0), pool, on_scene=lambda: None)
         source = Co3D(folder / "co3d", folder / "annotations", ("train",))

@@ -18,7 +18,7 @@ from prep.importers.source import Intrinsics
 from prep.info import print_checks, print_info
 from prep.pack_command import pack_command
 from prep.packing.executors import process_pool
-from prep.synth.scenes import SynthOptions, synth
+from prep.synth.synth import FAMILIES, SynthOptions, synth
 from prep.terminal import (
     Fraction,
     LocalPath,
@@ -89,16 +89,20 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
 @click.option("--scenes", type=click.IntRange(8), default=40, show_default=True, help="An eighth is for testing.")
 @click.option("--frames", type=click.IntRange(1), default=30, show_default=True, help="Frames of a scene.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The same, the same files.")
+@click.option(
+    "--family", type=click.Choice([*FAMILIES]), default="turntable", show_default=True, help="Kind of scenes."
+)
+@click.option("--short-side", type=click.IntRange(14), default=240, show_default=True, help="Of the images, in pixels.")
 @workers_option
-def synth_command(out: Path, scenes: int, frames: int, seed: int, workers: int) -> None:
+def synth_command(out: Path, scenes: int, frames: int, seed: int, family: str, short_side: int, workers: int) -> None:
     """Render captures in Co3D's layout, to try everything without a download.
 
     \b
     vggt-prep synth --out data/synth
     vggt-prep pack --co3d-dir data/synth/co3d --annotation-dir data/synth/annotations --out data/shards
     """
-    options = SynthOptions(scenes=scenes, frames=frames, seed=seed)
-    with plain_errors(), process_pool(workers, ["prep.synth.scenes"]) as pool, progress_bar("scenes") as bar:
+    options = SynthOptions(scenes=scenes, frames=frames, seed=seed, family=family, short_side=short_side)
+    with plain_errors(), process_pool(workers, ["prep.synth.synth"]) as pool, progress_bar("scenes") as bar:
         task = start(bar, "rendering", scenes)
         made = synth(out, options, pool, on_scene=lambda: bar.advance(task))
         bar.update(task, completed=scenes)

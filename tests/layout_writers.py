@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from prep.synth.orbit import make_orbit
 from prep.synth.render import render
-from prep.synth.scenes import make_orbit, make_scene
+from prep.synth.turntable import ORBIT, make_scene
 
 
 @dataclass
@@ -30,7 +31,7 @@ def rendered(frames=8, seed=3):
     rng = np.random.default_rng(seed)
     scene = make_scene(rng, "mixed")
     views = []
-    for camera in make_orbit(rng, scene.unit, frames):
+    for camera in make_orbit(rng, ORBIT, scene.unit, frames):
         image, depth, _ = render(scene, camera)
         pose = camera.cam_from_world.copy()
         pose[:, 3] *= 2 / scene.unit  # in the range of a phone's sensor, whatever the scene's unit

@@ -45,6 +45,7 @@ from train.engine.run import Run
 from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
 from train.engine.streams import mixture_changes, new_streams, saved_streams, state_of
 from train.evaluation.validation import Validator, scene_names
+from train.objective.matching import start_matching
 from train.report.logger import Reporter
 from train.runtime.distributed import World, fail, start_world
 from train.runtime.stop import STOP_SIGNALS, StopRequest
@@ -194,12 +195,17 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
 def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) -> tuple[VGGT, str | None]:
     """The run's model, with the weights of its checkpoint, of `init`, or random; and the fingerprint of `init`."""
     torch.manual_seed(config.seed)
-    model = VGGT(preset(config.model.preset, heads=config.loss.heads, head_chunk=config.model.head_chunk))
+    chosen = config.model
+    model = VGGT(
+        preset(chosen.preset, heads=config.loss.heads, head_chunk=chosen.head_chunk, recompute=chosen.recompute)
+    )
     init_fingerprint = None if saved is None else saved.get("init_fingerprint")
     if config.init is not None and saved is None:
         state, _ = read_checkpoint(config.init)
         fill(model, state, config.init)
         init_fingerprint = fingerprint(state) if world.is_main else None  # which alone writes it down
+    elif saved is None and config.loss.match > 0:
+        start_matching(model)
     freeze(model, config.model.freeze)
     if config.model.aggregator_dtype == "bf16":
         hold_in_bf16(model.aggregator)

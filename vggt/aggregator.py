@@ -12,6 +12,7 @@ from vggt.vit import VisionTransformer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MATCHING_PAIR, MATCHING_HEADS = 1, 2  # the scene-wise block that training can teach to match, and how many of its heads
 
 
 class Aggregator(nn.Module):
@@ -39,6 +40,22 @@ class Aggregator(nn.Module):
         """Tokens ahead of the patches of each view: the camera token and the registers."""
         return 1 + self.config.registers
 
+    def matching_logits(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Attention before its softmax of the first MATCHING_HEADS of block MATCHING_PAIR, between patches only.
+
+        tokens [B, S, P, 2 * dim]: what forward keeps of that pair, P = special tokens + rows * columns = special + N.
+        Returns [B, heads, S * N, S * N].
+        """
+        b, s, p, _ = tokens.shape
+        block, dim = self.global_blocks[MATCHING_PAIR], self.config.embed_dim
+        assert isinstance(block, Block)
+        x = block.norm1(tokens[..., :dim].reshape(b, s * p, dim))
+        head_dim = dim // self.config.num_heads
+        cos, sin = rope_table(rows, columns, self.num_special, head_dim, self.config.rope_base, x.device)
+        q, k = block.attn.queries_and_keys(x, (cos.repeat(s, 1), sin.repeat(s, 1)), MATCHING_HEADS)
+        q, k = (part.unflatten(2, (s, p))[:, :, :, self.num_special :].flatten(2, 3) for part in (q, k))
+        return q @ k.transpose(-1, -2) / head_dim**0.5
+
     def forward(self, images: Tensor, keep: set[int]) -> dict[int, Tensor]:
         """Images [B, S, 3, H, W] in [0, 1] -> {pair: tokens [B, S, P, 2 * dim]} for the pairs in `keep`.
 
@@ -57,11 +74,11 @@ class Aggregator(nn.Module):
         cos, sin = rope_table(rows, columns, self.num_special, head_dim, self.config.rope_base, x.device)
         rope, scene_rope = (cos, sin), (cos.repeat(s, 1), sin.repeat(s, 1))
 
-        kept = {}
+        kept, keep_all = {}, not self.config.recompute
         for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
-            x = run_block(frame_block, x.reshape(b * s, p, dim), rope)
+            x = run_block(frame_block, x.reshape(b * s, p, dim), rope, keep=keep_all)
             frame = x
-            x = run_block(global_block, x.view(b, s * p, dim), scene_rope)
+            x = run_block(global_block, x.view(b, s * p, dim), scene_rope, keep=keep_all)
             if i in keep:
                 kept[i] = torch.cat([frame.view(b, s, p, dim), x.view(b, s, p, dim)], dim=-1)
         return kept

@@ -36,6 +36,7 @@ class VGGTConfig:
     track_radius: int = 4  # of the correlation window, in pixels of its level
     heads: tuple[str, ...] = HEADS
     head_chunk: int | None = 1  # frames that go through a dense head at a time; None: all
+    recompute: bool = True  # whether blocks that train keep only their input, and run again in the backward pass
 
     def __post_init__(self) -> None:
         unknown = set(self.heads) - set(HEADS)
@@ -112,12 +113,33 @@ _DEMO = {
     "track_levels": 4,
     "track_radius": 3,
 }
-_PRESETS = {"1b": {}, "demo": _DEMO, "tiny": _TINY}
+# Small enough for a laptop, large enough to know cameras: the weights come with the project.
+_NANO = {
+    "patch_size": 7,
+    "image_size": 56,
+    "embed_dim": 160,
+    "vit_depth": 4,
+    "vit_heads": 5,
+    "depth": 5,
+    "num_heads": 5,
+    "camera_depth": 2,
+    "camera_heads": 5,
+    "dense_layers": (0, 1, 2, 4),
+    "dense_features": 32,
+    "dense_channels": (32, 64, 96, 128),
+    "track_features": 32,
+    "track_hidden": 96,
+    "track_levels": 4,
+    "track_radius": 3,
+}
+_PRESETS = {"1b": {}, "nano": _NANO, "demo": _DEMO, "tiny": _TINY}
 PRESETS = tuple(_PRESETS)
 
 
-def preset(name: str, *, heads: tuple[str, ...] = HEADS, head_chunk: int | None = 1) -> VGGTConfig:
-    """The configuration of a model by name: 1b (published), demo or tiny. Raises ValueError for another name."""
+def preset(
+    name: str, *, heads: tuple[str, ...] = HEADS, head_chunk: int | None = 1, recompute: bool = True
+) -> VGGTConfig:
+    """The configuration of a model by name: 1b (published), nano, demo or tiny. Raises ValueError for another name."""
     if name not in _PRESETS:
         raise ValueError(f"model preset: expected one of {', '.join(PRESETS)}, found {name!r}")
-    return VGGTConfig(**_PRESETS[name], heads=heads, head_chunk=head_chunk)
+    return VGGTConfig(**_PRESETS[name], heads=heads, head_chunk=head_chunk, recompute=recompute)

@@ -56,6 +56,17 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(x.transpose(1, 2).reshape(b, n, dim))
 
+    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+        """What forward compares, of the first heads: x [B, N, dim] -> queries and keys [B, heads, N, head_dim]."""
+        b, n, dim = x.shape
+        width = dim // self.num_heads * heads
+        q, k = (
+            F.linear(x, self.qkv.weight[start : start + width], self.qkv.bias[start : start + width])
+            for start in (0, dim)
+        )
+        q, k = (part.view(b, n, heads, -1).transpose(1, 2) for part in (q, k))
+        return rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+
 
 class Block(nn.Module):
     """Pre-norm transformer block with LayerScale: [B, N, dim] -> [B, N, dim]."""

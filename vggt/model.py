@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vggt.aggregator import Aggregator
+from vggt.aggregator import MATCHING_PAIR, Aggregator
 from vggt.camera_head import CameraHead
 from vggt.checks import check_images, check_query_points
 from vggt.config import VGGTConfig
@@ -60,7 +60,9 @@ class VGGT(nn.Module):
         """Write folder/model.safetensors and folder/config.json, which from_pretrained reads."""
         write_folder(Path(folder), self.state_dict(), asdict(self.config))
 
-    def forward(self, images: Tensor, query_points: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
+    def forward(
+        self, images: Tensor, query_points: Tensor | None = None, *, matching: bool = False
+    ) -> dict[str, Tensor | list[Tensor]]:
         """Images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1], H and W multiples of 14; view 0 is the reference.
 
         query_points: [B, N, 2] or [N, 2], points of view 0 to track, (x, y) in pixels, (0, 0) the first one's center.
@@ -70,6 +72,7 @@ class VGGT(nn.Module):
             depth [B, S, H, W, 1] > 0 and depth_conf [B, S, H, W] > 1
             world_points [B, S, H, W, 3] and world_points_conf [B, S, H, W] > 1
             with query points track [B, S, N, 2] in pixels, vis and conf [B, S, N] in (0, 1)
+            if matching, matching_logits [B, heads, S * N, S * N] of attention between the N patches of each view
         Tracking needs H and W of at least 128 pixels in the published model. Raises ValueError or TypeError for
         arguments of other shapes, types or values; values are checked on the CPU only: on other devices and
         under torch.compile an assertion fails later, so the host need not wait.
@@ -83,7 +86,8 @@ class VGGT(nn.Module):
         height, width = images.shape[-2:]
         heads, last, dense = self.config.heads, self.config.depth - 1, self.config.dense_layers
         reads_dense = "depth" in heads or "point" in heads or query_points is not None
-        kept = self.aggregator(images, keep={last, *dense} if reads_dense else {last})
+        keep = {last, *(dense if reads_dense else ()), *([MATCHING_PAIR] if matching else ())}
+        kept = self.aggregator(images, keep=keep)
 
         out: dict[str, Tensor | list[Tensor]] = {}
         if "camera" in heads:
@@ -96,6 +100,9 @@ class VGGT(nn.Module):
         if "point" in heads:
             raw, conf = self.point_head([kept[i] for i in dense], height, width)
             out |= {"world_points": raw.sign() * raw.abs().expm1(), "world_points_conf": 1 + conf.exp()}
+        if matching:
+            rows, columns = height // self.config.patch_size, width // self.config.patch_size
+            out["matching_logits"] = self.aggregator.matching_logits(kept[MATCHING_PAIR], rows, columns)
         if query_points is not None:
             tracks, visible, conf = self.track_head([kept[i] for i in dense], height, width, query_points)
             out |= {"track": tracks[-1], "vis": visible, "conf": conf}

@@ -26,7 +26,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.patch_size = config.patch_size
+        self.patch_size, self.recompute = config.patch_size, config.recompute
         self.stored_grid = config.image_size // config.patch_size
         self.num_registers = config.vit_registers
         self.patch_embed = PatchProjection(config.patch_size, dim)
@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
         x = x + self.position_embedding(height // self.patch_size, width // self.patch_size)
         x = torch.cat([x[:, :1], self.register_tokens.expand(n, -1, -1), x[:, 1:]], dim=1)
         for block in self.blocks:
-            x = run_block(block, x)
+            x = run_block(block, x, keep=not self.recompute)
         return self.norm(x)[:, 1 + self.num_registers :]
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:

@@ -103,15 +103,36 @@ class Box:
         return normal, np.take_along_axis(local, across, axis=0) / np.float32(self.tile) + shift
 
 
+@dataclass(frozen=True, kw_only=True)
+class Walls(Box):
+    """A box seen from within."""
+
+    def intersect(self, origin: Array, direction: Array) -> Array:
+        o, d = self.turn(origin - self.center[:, None]), self.turn(direction)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            leave = (np.copysign(self.half_size[:, None], d) - o) / d
+        leave = np.minimum(np.minimum(leave[0], leave[1]), leave[2])
+        return np.where(leave > 0, leave, FAR)
+
+    def surface(self, points: Array) -> tuple[Array, Array]:
+        normal, uv = super().surface(points)
+        return -normal, uv
+
+
 Shape = Ground | Sphere | Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class Light:
+    sun: Array  # [3], unit vector towards it
+    sun_color: Array  # [3]
+    sky_color: Array  # [3], also the ambient light
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
     shapes: tuple[Shape, ...]
-    sun: Array  # [3], unit vector towards it
-    sun_color: Array  # [3]
-    sky_color: Array  # [3], also the ambient light
+    light: Light
     unit: float  # length that sizes are of the order of
 
 
@@ -151,7 +172,7 @@ def render(scene: Scene, camera: Camera) -> tuple[np.ndarray, Array, Array]:
     nearest = depths.argmin(0)
     depth = depths.min(0)
     view = direction / np.sqrt(dot(direction, direction))
-    color = scene.sky_color[:, None] * (0.75 + 0.25 * view[2])
+    color = scene.light.sky_color[:, None] * (0.75 + 0.25 * view[2])
     cosine = np.zeros(len(depth), dtype=np.float32)
     for i, shape in enumerate(scene.shapes):
         pixels = np.flatnonzero((nearest == i) & np.isfinite(depth))
@@ -159,22 +180,22 @@ def render(scene: Scene, camera: Camera) -> tuple[np.ndarray, Array, Array]:
             points = origin + depth[pixels] * direction[:, pixels]
             normal, uv = shape.surface(points)
             cosine[pixels] = -dot(normal, view[:, pixels])
-            color[:, pixels] = sample(shape.texture, uv) * light(scene, points, normal)
+            color[:, pixels] = sample(shape.texture, uv) * shade(scene, points, normal)
     image = (np.sqrt(np.clip(color.T, 0, 1)) * 255 + 0.5).astype(np.uint8)  # a gamma of 2
     shape_hw = (camera.height, camera.width)
     return image.reshape(*shape_hw, 3), depth.reshape(shape_hw), cosine.reshape(shape_hw)
 
 
-def light(scene: Scene, points: Array, normal: Array) -> Array:
+def shade(scene: Scene, points: Array, normal: Array) -> Array:
     """Sun with shadows, and sky from above, on surface points [3, N]: [3, N]."""
     start = points + normal * np.float32(SHADOW_OFFSET * scene.unit)
     lit = np.ones(points.shape[1], dtype=bool)
     for shape in scene.shapes:
-        if not isinstance(shape, Ground):
-            lit &= ~np.isfinite(shape.intersect(start, scene.sun[:, None]))
-    sun = np.maximum(dot(normal, scene.sun), 0) * lit
+        if not isinstance(shape, Ground | Walls):
+            lit &= ~np.isfinite(shape.intersect(start, scene.light.sun[:, None]))
+    sun = np.maximum(dot(normal, scene.light.sun), 0) * lit
     sky = (0.65 + 0.35 * normal[2]) * np.float32(0.5)
-    return sun * scene.sun_color[:, None] + sky * scene.sky_color[:, None]
+    return sun * scene.light.sun_color[:, None] + sky * scene.light.sky_color[:, None]
 
 
 def sample(texture: Array, uv: Array) -> Array:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import BIN, run_command, vggt_prep
 
+from prep.synth.orbit import make_orbit
 from prep.synth.render import Box, Camera, Ground, Sphere, look_at, render
-from prep.synth.scenes import CATEGORIES, make_orbit, make_scene, stereo_depth
+from prep.synth.synth import stereo_depth
+from prep.synth.turntable import CATEGORIES, ORBIT, make_scene
 
 
 def distance_to_surface(scene, points):
@@ -46,7 +48,7 @@ def unproject(depth, camera):
 def test_every_rendered_depth_lands_on_the_analytic_surface(index):
     rng = np.random.default_rng((5, index))
     scene = make_scene(rng, CATEGORIES[index % 3])
-    for camera in make_orbit(rng, scene.unit, 3):
+    for camera in make_orbit(rng, ORBIT, scene.unit, 3):
         image, depth, cosine = render(scene, camera)
         assert image.shape == (camera.height, camera.width, 3)
         exact = np.where(np.isfinite(depth), depth, 0)
@@ -67,7 +69,7 @@ def test_a_rendered_point_appears_where_the_camera_projects_it():
     texture = np.ones((8, 8, 3), np.float32)
     sphere = Sphere(center=np.float32([0.3, -0.2, 0.4]), radius=0.05, texture=texture, tile=1.0)
     scene = make_scene(np.random.default_rng(0), "balls")
-    scene = type(scene)(shapes=(sphere,), sun=scene.sun, sun_color=scene.sun_color, sky_color=scene.sky_color, unit=1)
+    scene = type(scene)(shapes=(sphere,), light=scene.light, unit=1)
     k = np.array([[200.0, 0, 75.3], [0, 210.0, 61.8], [0, 0, 1]])
     camera = Camera(
         cam_from_world=look_at(np.array([2.0, 1, 1.5]), np.zeros(3), 0.3), intrinsics=k, height=120, width=160

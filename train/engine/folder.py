@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # May differ between a run and its resumption; anything else would make it another run.
 MAY_CHANGE = {
     *("init", "out_dir", "epochs", "max_steps", "accum_steps", "strategy", "compile"),
-    *("model.head_chunk", "model.aggregator_dtype"),
+    *("model.head_chunk", "model.recompute", "model.aggregator_dtype"),
     *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
     *("data.allow_shared_frames", "data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone", "checkpoint.best"),

@@ -13,6 +13,7 @@ from torch import nn
 from train.data.plan import DataState, Step, TrainingPlan, scenes_per_rank
 from train.data.scenes import load_step
 from train.data.split import Split
+from train.engine.optim import Optimizers
 from train.engine.settings import TrainConfig
 from train.engine.step import train_step
 from train.objective.losses import OBJECTIVE
@@ -54,7 +55,7 @@ def dry_run(
     config: TrainConfig,
     world: World,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Optimizers,
     split: Split,
     plan: TrainingPlan,
     state: DataState,

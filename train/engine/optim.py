@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from train.runtime.typed import documented
+from vggt.layers import Block
+
+MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")  # of a transformer block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,9 @@ class LrFactor:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = documented(5e-5, "peak learning rate")
+    muon_lr: float | None = documented(
+        None, "peak learning rate of Muon, for the matrices of transformer blocks; null: AdamW trains them, too"
+    )
     lr_factors: tuple[LrFactor, ...] = documented(
         (), 'parts with another learning rate: [{names: "*camera_head*", factor: 0.1}]'
     )
@@ -40,8 +47,8 @@ class OptimConfig:
     clip: float = documented(1.0, "largest gradient norm of the aggregator and of each head")
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip <= 0 or self.weight_decay < 0:
-            raise ValueError("lr and clip: expected more than 0; weight_decay: expected at least 0")
+        if min(self.lr, self.clip, self.muon_lr or 1) <= 0 or self.weight_decay < 0:
+            raise ValueError("lr, muon_lr and clip: expected more than 0; weight_decay: expected at least 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a fraction of the steps from 0 to below 1, found {self.warmup}")
 
@@ -64,9 +71,50 @@ def _matching(model: nn.Module, pattern: str, key: str) -> list[str]:
     return names
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+class Optimizers:
+    """Several optimizers, each of its own parameters, as one: what the trainer needs of a torch.optim.Optimizer."""
+
+    def __init__(self, *members: torch.optim.Optimizer) -> None:
+        self.members = members
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for member in self.members for group in member.param_groups]
+
+    def step(self) -> None:
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for member in self.members:
+            member.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of one optimizer: parameters are numbered through."""
+        state, groups, first = {}, [], 0
+        for member in self.members:
+            part = member.state_dict()
+            state |= {first + number: values for number, values in part["state"].items()}
+            groups += [
+                group | {"params": [first + number for number in group["params"]]} for group in part["param_groups"]
+            ]
+            first += sum(len(group["params"]) for group in part["param_groups"])
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        first = 0
+        for member in self.members:
+            groups = member.state_dict()["param_groups"]
+            count = sum(len(group["params"]) for group in groups)
+            state = {n - first: v for n, v in state_dict["state"].items() if first <= n < first + count}
+            member.load_state_dict({"state": state, "param_groups": groups})
+            first += count
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer | Optimizers:
     """AdamW over what trains, without weight decay on norms, biases, scales, tokens and position embeddings.
 
+    With muon_lr, Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) has the matrices of transformer blocks.
     Of several factors for a parameter the last one counts. Raises ValueError for one that matches none.
     """
     factors: dict[str, float] = {}
@@ -75,20 +123,28 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         if not any(model.get_parameter(name).requires_grad for name in names):
             raise ValueError(f"optim.lr_factors: all that {entry.names!r} matches is frozen; see model.freeze")
         factors |= dict.fromkeys(names, entry.factor)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    matrices = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, Block) for part in MATRICES}
+    adamw: dict[tuple[float, float], list[nn.Parameter]] = {}
+    muon: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_weight = parameter.ndim >= 2 and name.endswith("weight")
-            key = (config.weight_decay if is_weight else 0.0, factors.get(name, 1.0))
-            groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": held, "weight_decay": decay, "lr_factor": factor} for (decay, factor), held in groups.items()],
-        lr=config.lr,
-        fused=True,
-    )
+        if not parameter.requires_grad:
+            continue
+        is_weight = parameter.ndim >= 2 and name.endswith("weight")
+        decay, factor = config.weight_decay if is_weight else 0.0, factors.get(name, 1.0)
+        if config.muon_lr is not None and name in matrices:
+            muon.setdefault((decay, factor * config.muon_lr / config.lr), []).append(parameter)
+        else:
+            adamw.setdefault((decay, factor), []).append(parameter)
+    first = torch.optim.AdamW(_groups(adamw), lr=config.lr, fused=True)
+    return Optimizers(first, torch.optim.Muon(_groups(muon), lr=config.lr)) if muon else first
 
 
-def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
+def _groups(held: dict[tuple[float, float], list[nn.Parameter]]) -> list[dict[str, Any]]:
+    """Parameters by weight decay and factor of the learning rate, as optimizers take them."""
+    return [{"params": part, "weight_decay": decay, "lr_factor": factor} for (decay, factor), part in held.items()]
+
+
+def set_lr(optimizer: torch.optim.Optimizer | Optimizers, config: OptimConfig, step: int, total: int) -> float:
     """Linear warm-up, then a cosine to zero; a function of the step alone. Returns the learning rate."""
     progress = (step + 0.5) / total  # the middle of the step: the last one counts, too
     if progress < config.warmup:

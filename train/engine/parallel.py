@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from train.engine.optim import Optimizers
 from train.runtime.distributed import World
 from vggt import VGGT
 from vggt.layers import Attention, Mlp
@@ -74,7 +75,7 @@ def full_state_dict(state: Any, world: World) -> Any:
     return tensor.cpu() if world.is_main else None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer | Optimizers, state: dict[str, Any]) -> None:
     """Load the state of an optimizer, whole, into this one, whose parameters may be parts; its settings stay."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():

@@ -17,7 +17,7 @@ from train.data.split import Split
 from train.engine.checkpoint import mark_best, save, steps_saved
 from train.engine.folder import REQUEUE_FILE
 from train.engine.memory import explain_oom, peak_gb
-from train.engine.optim import set_lr
+from train.engine.optim import Optimizers, set_lr
 from train.engine.parallel import full_state_dict
 from train.engine.settings import TrainConfig, to_dict
 from train.engine.step import StepOutcome, train_step
@@ -42,7 +42,7 @@ class Run:
     world: World
     model: VGGT
     shared: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Optimizers
     plan: TrainingPlan
     streams: Streams
     places: dict[str, str]  # of all shard sets that were ever trained on, by digest

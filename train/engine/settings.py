@@ -24,10 +24,13 @@ from vggt.config import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    preset: str = documented("1b", "size of the model: 1b (published), demo or tiny")
+    preset: str = documented("1b", "size of the model: 1b (published), nano, demo or tiny")
     freeze: tuple[str, ...] = documented(("*aggregator*",), "parameters that do not train, as patterns of their names")
     head_chunk: int | None = documented(
         1, "frames that go through a dense head at a time: fewer need less memory; null: all"
+    )
+    recompute: bool = documented(
+        True, "whether blocks that train run again in the backward pass: far less memory, a third more computing"
     )
     aggregator_dtype: Literal["fp32", "bf16"] = documented(
         "fp32", "bf16 halves the memory of a frozen aggregator's linear weights; results stay the same"
@@ -97,6 +100,10 @@ class TrainConfig:
             raise ValueError(
                 f"init: not given, but model.freeze={list(self.model.freeze)} keeps weights as they are, and random "
                 "ones teach nobody anything; give init=... (a checkpoint), or model.freeze=[]"
+            )
+        if self.strategy == "fsdp" and (self.optim.muon_lr is not None or self.loss.match > 0):
+            raise ValueError(
+                "strategy: fsdp holds parts of matrices, but optim.muon_lr and loss.match need them whole; use ddp"
             )
         self._check_best()
         if self.model.aggregator_dtype == "bf16" and self.precision != "bf16":

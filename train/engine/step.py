@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.engine.optim import clip_gradients
+from train.engine.optim import Optimizers, clip_gradients
 from train.engine.parallel import gradient_sync, unwrap
 from train.engine.settings import TrainConfig
 from train.objective.losses import losses, normalizer_of
@@ -42,7 +42,7 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
         chunk = {name: value[members[0] : members[-1] + 1] for name, value in batch.items()}
         with gradient_sync(model, i == len(bounds) - 1):
             with autocast(config.precision, chunk["images"].device):
-                predictions = model(chunk["images"])
+                predictions = model(chunk["images"], matching=config.loss.match > 0)
             terms = losses(predictions, chunk, normalizer, config.loss)
             terms["loss_objective"].backward()
         for name, value in terms.items():
@@ -52,7 +52,7 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Optimizers,
     batch: Batch,
     config: TrainConfig,
     world: World,

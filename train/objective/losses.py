@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from train.objective.matching import match_loss
 from train.objective.targets import MIN_VALID, Batch
 from train.runtime.typed import documented
 from vggt.config import HEADS
@@ -36,6 +37,9 @@ class LossConfig:
     camera: float = documented(5.0, "weight of the camera loss; 0: no camera head")
     depth: float = documented(1.0, "weight of the depth loss; 0: no depth head")
     point: float = documented(0.0, "weight of the point map loss; 0: no point head")
+    match: float = documented(
+        0.0, "weight of the loss that teaches attention to match, to learn cameras from scratch; 0: none"
+    )
     camera_norm: Literal["l1", "l2"] = documented("l1", "norm of the camera errors: l1 or l2")
     depth_gradient: Literal["grad", "grad_conf", "normal"] = documented(
         "grad", "third term of the depth loss: grad or grad_conf"
@@ -46,8 +50,10 @@ class LossConfig:
     valid_range: float = documented(0.98, "quantile above which errors do not count; 0: all count")
 
     def __post_init__(self) -> None:
-        if min(self.camera, self.depth, self.point) < 0 or not self.heads:
-            raise ValueError("camera, depth, point: expected weights of at least 0, one of them more")
+        if min(self.camera, self.depth, self.point, self.match) < 0 or not self.heads:
+            raise ValueError(
+                "camera, depth, point: expected weights of at least 0, one of them more; match: at least 0"
+            )
         if self.depth_gradient == "normal":
             raise ValueError("depth_gradient: normals are for points; expected grad or grad_conf")
         if self.valid_range >= 1:
@@ -70,6 +76,7 @@ class Normalizer:
     gate: Tensor  # 1.0 if there are enough valid pixels, else 0.0
     valid_at: list[Tensor]  # pixels at each scale of the gradient term
     normals_at: list[Tensor]  # pairs of a pixel and a normal at each scale of the normal term
+    matches: Tensor  # pairs of a valid pixel and another view
 
 
 def normalizer_of(batch: Batch, config: LossConfig) -> Normalizer:
@@ -86,6 +93,7 @@ def normalizer_of(batch: Batch, config: LossConfig) -> Normalizer:
         gate=(valid >= MIN_VALID).float(),
         valid_at=[subsample(mask, s).sum().clamp(min=1) for s in range(GRADIENT_SCALES)],
         normals_at=normals,
+        matches=(valid * (views - 1)).clamp(min=1),
     )
 
 
@@ -113,6 +121,9 @@ def losses(predictions: dict[str, Any], batch: Batch, normalizer: Normalizer, co
             )
             terms |= {f"loss_{term}_{name}": value for term, value in part.items()}
             objective = objective + weight * torch.stack(list(part.values())).sum()
+    if "matching_logits" in predictions:  # in training only
+        terms["loss_match"] = match_loss(predictions["matching_logits"], batch) / normalizer.matches
+        objective = objective + config.match * terms["loss_match"]
     return {OBJECTIVE: objective} | terms
 
 

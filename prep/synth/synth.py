@@ -1,4 +1,4 @@
-"""The embedded dataset: rendered turn-table captures, written in Co3D's layout with VGGT's annotation files."""
+"""The embedded dataset: rendered captures, written in Co3D's layout with VGGT's annotation files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from prep.synth.render import Box, Camera, Ground, Scene, Shape, Sphere, look_at, render
+from prep.synth import rooms, turntable
+from prep.synth.orbit import landscape_and_portrait, make_orbit
+from prep.synth.render import render
 from shards.codecs import encode_jpeg
 from shards.locks import locked
 from shards.writer import write_json
 
-CATEGORIES = ("balls", "blocks", "mixed")
-SIZES = ((240, 320), (320, 240))  # height, width: landscape and portrait
+FAMILIES = {"turntable": turntable, "rooms": rooms}
 TEST_FRACTION = 8  # one scene in so many is held out
 DONE_FILE = "synth.json"
 
@@ -31,6 +32,8 @@ class SynthOptions:
     scenes: int = 40
     frames: int = 30
     seed: int = 0
+    family: str = "turntable"  # of FAMILIES
+    short_side: int = 240  # pixels; the long side is four thirds of it
 
 
 def synth(out: Path, options: SynthOptions, executor: Executor, on_scene: Callable[[], None] = lambda: None) -> bool:
@@ -57,9 +60,9 @@ def _is_done(out: Path, options: SynthOptions) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        if json.loads((out / DONE_FILE).read_bytes()) == asdict(options):
+        if SynthOptions(**json.loads((out / DONE_FILE).read_bytes())) == options:
             return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         pass
     raise ValueError(f"{out}: exists, and is not this rendering; give another --out, or remove it first")
 
@@ -73,7 +76,7 @@ def _render(folder: Path, options: SynthOptions, executor: Executor, on_scene: C
     try:
         for future in as_completed(futures):
             category, sequence, frames = future.result()
-            split = "test" if futures[future] % TEST_FRACTION == TEST_FRACTION - 1 else "train"
+            split = "test" if is_held_out(futures[future]) else "train"
             annotations.setdefault(f"{category}_{split}", {})[sequence] = frames
             on_scene()
     finally:
@@ -88,18 +91,25 @@ def _render(folder: Path, options: SynthOptions, executor: Executor, on_scene: C
     write_json(folder / DONE_FILE, asdict(options))
 
 
+def is_held_out(index: int) -> bool:
+    return index % TEST_FRACTION == TEST_FRACTION - 1
+
+
 def write_scene(root: Path, index: int, options: SynthOptions) -> tuple[str, str, list[dict[str, Any]]]:
     """Render one scene's frames to files; returns its category, its name and the annotations of its frames."""
     cv2.setNumThreads(1)  # there is a process a core
     rng = np.random.default_rng((options.seed, index))
-    category = CATEGORIES[index % len(CATEGORIES)]
+    family = FAMILIES[options.family]
+    category = family.CATEGORIES[index % len(family.CATEGORIES)]
     name = f"scene_{index:05d}"
     folder = root / category / name
     for part in ("images", "depths", "depth_masks"):
         (folder / part).mkdir(parents=True)
-    scene = make_scene(rng, category)
+    scene = family.make_scene(rng, category)
+    orbit = getattr(family, "HELD_OUT_ORBIT", family.ORBIT) if is_held_out(index) else family.ORBIT
+    sizes = landscape_and_portrait(options.short_side)
     annotations = []
-    for i, camera in enumerate(make_orbit(rng, scene.unit, options.frames)):
+    for i, camera in enumerate(make_orbit(rng, orbit, scene.unit, options.frames, sizes)):
         image, depth, cosine = render(scene, camera)
         bits, mask = stereo_depth(rng, depth, cosine)
         file = f"frame{i + 1:06d}"
@@ -119,81 +129,6 @@ def write_scene(root: Path, index: int, options: SynthOptions) -> tuple[str, str
 
 def _write_png(path: Path, image: np.ndarray, parameters: list[int]) -> None:
     path.write_bytes(cv2.imencode(".png", image, parameters)[1].tobytes())
-
-
-def f32(values: Any) -> np.ndarray:
-    return np.asarray(values, dtype=np.float32)
-
-
-def make_scene(rng: np.random.Generator, category: str) -> Scene:
-    """Two to five things about the origin of a textured ground, in a unit of length of its own, under a low sun."""
-    unit = float(rng.uniform(1, 8))  # structure from motion knows no meters either
-    ground = Ground(radius=rng.uniform(3.5, 6) * unit, texture=make_texture(rng), tile=rng.uniform(0.8, 2) * unit)
-    shapes: list[Shape] = [ground]
-    things = rng.integers(2, 6)
-    for i in range(things):
-        round_one = category == "balls" or (category == "mixed" and rng.random() < 0.5)
-        size = rng.uniform(0.35, 0.6) if i == 0 else rng.uniform(0.15, 0.45)
-        angle, distance = rng.uniform(0, 2 * np.pi), 0.15 if i == 0 else rng.uniform(0.6, 1.2)
-        place = np.array([np.cos(angle), np.sin(angle)]) * distance
-        texture, tile = make_texture(rng), rng.uniform(0.5, 1.2) * unit
-        if round_one:
-            center = f32([*place, size]) * f32(unit)
-            shapes.append(Sphere(center=center, radius=size * unit, texture=texture, tile=tile))
-        else:
-            half = size * rng.uniform(0.5, 1.2, 3)
-            center = f32([*place, half[2]]) * f32(unit)
-            yaw = rng.uniform(0, np.pi)
-            shapes.append(Box(center=center, half_size=f32(half * unit), yaw=yaw, texture=texture, tile=tile))
-    azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.2)
-    sun = f32([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
-    return Scene(
-        shapes=tuple(shapes),
-        sun=sun,
-        sun_color=f32(rng.uniform(0.7, 1.1)) * f32([1, rng.uniform(0.88, 1), rng.uniform(0.75, 1)]),
-        sky_color=f32(rng.uniform([0.35, 0.45, 0.55], [0.6, 0.7, 0.9])),
-        unit=unit,
-    )
-
-
-def make_texture(rng: np.random.Generator, size: int = 128) -> np.ndarray:
-    """A repeating pattern in a color of its own, with noise at several scales: [size, size, 3] in 0..1."""
-    base = rng.uniform(0.15, 0.9, 3)
-    pattern = np.zeros((size, size), dtype=np.float32)
-    for cells in (4, 8, 16, 32):
-        noise = rng.standard_normal((cells, cells)).astype(np.float32)
-        wrapped = np.pad(noise, 2, mode="wrap")
-        scaled = cv2.resize(wrapped, None, fx=size / cells, fy=size / cells, interpolation=cv2.INTER_CUBIC)
-        pattern += scaled[(edge := 2 * size // cells) : edge + size, edge : edge + size] * np.float32(4 / cells) ** 0.5
-    kind = rng.integers(3)
-    row, column = np.mgrid[:size, :size] * int(rng.integers(2, 6)) // size
-    if kind == 1:
-        pattern += np.where((row + column) % 2, 0.9, -0.9).astype(np.float32)
-    elif kind == 2:
-        pattern += np.where(row % 2, 0.9, -0.9).astype(np.float32)
-    other = rng.uniform(-0.25, 0.25, 3)
-    return np.clip(base + pattern[..., None] * (0.12 + other * 0.6), 0.02, 1).astype(np.float32)
-
-
-def make_orbit(rng: np.random.Generator, unit: float, frames: int) -> list[Camera]:
-    """A hand-held walk around the origin: part of a circle, uneven in pace, height, distance and aim."""
-    height, width = SIZES[int(rng.integers(len(SIZES)))]
-    focal = max(height, width) / 2 / np.tan(rng.uniform(0.42, 0.62))
-    center = (np.array([width, height]) - 1) / 2 + rng.normal(0, 0.01, 2) * width
-    intrinsics = np.array([[focal, 0, center[0]], [0, focal, center[1]], [0, 0, 1.0]])
-    start, turn = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2) * np.pi * rng.choice([-1, 1])
-    azimuth = start + turn * np.linspace(0, 1, frames) + rng.normal(0, 0.02, frames)
-    elevation = (
-        rng.uniform(0.35, 0.8) + 0.12 * np.sin(np.linspace(0, rng.uniform(3, 9), frames)) + rng.normal(0, 0.01, frames)
-    )
-    distance = rng.uniform(2.6, 3.6) * (1 + 0.1 * np.sin(np.linspace(0, rng.uniform(3, 9), frames)))
-    cameras = []
-    for a, e, d in zip(azimuth, elevation, distance, strict=True):
-        eye = np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)]) * d * unit
-        target = (np.array([0, 0, 0.3]) + rng.normal(0, 0.06, 3)) * unit
-        pose = look_at(eye, target, rng.normal(0, 0.03))
-        cameras.append(Camera(cam_from_world=pose, intrinsics=intrinsics, height=height, width=width))
-    return cameras
 
 
 def stereo_depth(rng: np.random.Generator, depth: np.ndarray, cosine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
