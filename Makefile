@@ -122,4 +122,6 @@ proof: shards
 
 clean:
 	@if $(IS_DEMO); then rm "$$SHARDS"; fi
-	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@if [ -f $(DEMO)/captures/synth.json ]; then rm -rf $(DEMO)/captures $(DEMO)/shards; fi  # else it is not the demo's
+	@rm -rf $(DEMO)/.captures.unfinished-synth
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -37,6 +37,9 @@ class Captures:
     def describe(self) -> dict[str, Any]:
         return {"kind": "rendered"}
 
+    def identity(self, frame: Frame) -> str:
+        return str(frame.image)
+
     def sequences(self) -> list[Sequence]:
         return self.made
 

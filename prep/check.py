@@ -7,12 +7,12 @@ other's epipolar lines, and the point triangulated from them must have the store
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from prep.importers.source import Capture
-from prep.matches import Pair, View, epipolar_distances, inverse, matched_pairs, triangulated
+from prep.matches import CLEAN, Pair, View, epipolar_distances, inverse, matched_pairs, triangulated
 
 MIN_PAIRS = 3
 NEAR = 4.0  # pixels from the given cameras' epipolar lines: phone tracking is no more accurate
@@ -53,7 +53,8 @@ def check_capture(capture: Capture) -> CaptureCheck:
     scores = {name: _score(pairs, change) for name, change in HYPOTHESES.items()}
     given = scores.pop(GIVEN)
     best = max(scores, key=lambda name: scores[name])
-    depths = _compared_depths(pairs)
+    by_pair = [_compared_depths(pair) for pair in pairs if pair[0].depth is not None]
+    depths = _joined(by_pair)
     ratio = float(np.median(depths.ratios)) if len(depths.ratios) >= MIN_DEPTHS else None
     words = None
     if scores[best] > given + BETTER and scores[best] >= FITS:
@@ -61,7 +62,7 @@ def check_capture(capture: Capture) -> CaptureCheck:
     elif given < FITS:
         words = "cameras and images do not fit"
     elif ratio is not None:
-        words = _wrong_depth(ratio, depths)
+        words = _wrong_depth(ratio, by_pair)
     if words is not None:
         return CaptureCheck(capture.name, len(pairs), given, ratio, False, words)
     some = any(a.depth is not None for a, *_ in pairs)
@@ -124,48 +125,72 @@ def _score(pairs: list[Pair], change: Change) -> float:
 
 @dataclass(frozen=True)
 class ComparedDepths:
-    """For matches [n]: stored depth, its ratio to the triangulated depth z, and the ratio of ray length to z."""
+    """For matches [n]: stored depth, its ratio to the triangulated depth z, the ratio of ray length to z, and by what
+    fraction z is off where the match is off by CLEAN pixels."""
 
     stored: np.ndarray
     ratios: np.ndarray
     lengths: np.ndarray
+    noise: np.ndarray
 
 
-def _compared_depths(pairs: list[Pair]) -> ComparedDepths:
-    stored, ratios, lengths = [np.empty(0)], [np.empty(0)], [np.empty(0)]
-    for a, b, x, y in pairs:
-        if a.depth is None:
-            continue
-        near = epipolar_distances((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y) < NEAR
-        x, y = x[near], y[near]
-        if not len(x):
-            continue
-        points = triangulated((a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics), x, y)
-        rays = [points - inverse(view.extrinsics)[:, 3:] for view in (a, b)]
-        cosine = (rays[0] * rays[1]).sum(axis=0) / np.prod([np.linalg.norm(ray, axis=0) for ray in rays], axis=0)
-        z = a.extrinsics[2, :3] @ points + a.extrinsics[2, 3]
-        columns, rows = np.rint(x).astype(int).T
-        inside = (rows < a.depth.shape[0]) & (columns < a.depth.shape[1])
-        depth = a.depth[np.minimum(rows, a.depth.shape[0] - 1), np.minimum(columns, a.depth.shape[1] - 1)]
-        good = inside & (z > 0) & (depth > 0) & (cosine < np.cos(np.radians(MIN_PARALLAX)))
-        stored.append(depth[good])
-        ratios.append(depth[good] / z[good])
-        lengths.append(np.linalg.norm(rays[0][:, good], axis=0) / z[good])
-    return ComparedDepths(np.concatenate(stored), np.concatenate(ratios), np.concatenate(lengths))
+def _joined(parts: list[ComparedDepths]) -> ComparedDepths:
+    values = [[np.empty(0), *(getattr(part, field.name) for part in parts)] for field in fields(ComparedDepths)]
+    return ComparedDepths(*map(np.concatenate, values))
 
 
-def _wrong_depth(ratio: float, depths: ComparedDepths) -> str | None:
-    """What is wrong with depths whose median ratio to triangulated depths is `ratio`; None: nothing is."""
-    steepness, error = _steepness(np.log(depths.lengths), np.log(depths.ratios))
+def _compared_depths(pair: Pair) -> ComparedDepths:
+    """Of a pair whose first view has depth."""
+    a, b, x, y = pair
+    assert a.depth is not None
+    cameras = (a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics)
+    near = epipolar_distances(*cameras, x, y) < NEAR
+    x, y = x[near], y[near]
+    points = triangulated(*cameras, x, y) if len(x) else np.empty((3, 0))
+    rays = [points - inverse(view.extrinsics)[:, 3:] for view in (a, b)]
+    cosine = (rays[0] * rays[1]).sum(axis=0) / np.prod([np.linalg.norm(ray, axis=0) for ray in rays], axis=0)
+    z = a.extrinsics[2, :3] @ points + a.extrinsics[2, 3]
+    columns, rows = np.rint(x).astype(int).T
+    inside = (rows < a.depth.shape[0]) & (columns < a.depth.shape[1])
+    depth = a.depth[np.minimum(rows, a.depth.shape[0] - 1), np.minimum(columns, a.depth.shape[1] - 1)]
+    good = inside & (z > 0) & (depth > 0) & (cosine < np.cos(np.radians(MIN_PARALLAX)))
+    lengths = np.linalg.norm(rays[0][:, good], axis=0) / z[good]
+    noise = CLEAN / (a.intrinsics[0, 0] * np.arccos(cosine[good]))
+    return ComparedDepths(depth[good], depth[good] / z[good], lengths, noise)
+
+
+def _wrong_depth(ratio: float, by_pair: list[ComparedDepths]) -> str | None:
+    """What is wrong with depths whose median ratio to triangulated depths is `ratio`; None: nothing is.
+
+    What is said of all matches must not hang on some pairs: the matches of a pair share the errors of its cameras.
+    """
+    depths = _joined(by_pair)
     spread, by_chance = _spread(depths.ratios), _shuffled_spread(depths)
-    if by_chance > RELIEF and spread > NOISE and spread > LIKE_CHANCE * by_chance:
+    like_chance, error = _jackknifed(_like_chance, by_pair)
+    if by_chance > RELIEF and spread > NOISE and like_chance - SURE * error > np.log(LIKE_CHANCE):
         return "the depths are not those of what the images show: are they of other frames, or turned?"
+    steepness, error = _jackknifed(_steepness, by_pair)
     if steepness - SURE * error > 0.5 and 1 / UNIT_OFF < ratio < UNIT_OFF:
         return "the depths are along the pixels' rays, not along the axis: they grow toward the corners"
     if 1 / DEPTH_FITS < ratio < DEPTH_FITS:
         return None
     unit = next((words for factor, words in UNITS.items() if 0.5 < ratio / factor < 2), None)
     return unit or f"depths are {ratio:.3g} times what the cameras say: is the focal length right?"
+
+
+def _jackknifed(statistic: Callable[[ComparedDepths], float], by_pair: list[ComparedDepths]) -> tuple[float, float]:
+    """A statistic of all pairs, and its standard error from leaving each out (Tukey 1958)."""
+    parts = [part for part in by_pair if len(part.ratios)]
+    without = [statistic(_joined(parts[:i] + parts[i + 1 :])) for i in range(len(parts))]
+    if len(parts) < MIN_PAIRS or not np.isfinite(without).all():
+        return statistic(_joined(parts)), np.inf
+    return statistic(_joined(parts)), float(np.sqrt((len(parts) - 1) * np.var(without)))
+
+
+def _like_chance(depths: ComparedDepths) -> float:
+    """How the spread, less what comes of matching, compares with that of shuffled depths, as a logarithm."""
+    spread = max(_spread(depths.ratios) ** 2 - np.median(depths.noise) ** 2, 1e-6) ** 0.5
+    return float(np.log(spread / max(_shuffled_spread(depths), 1e-6)))
 
 
 def _spread(ratios: np.ndarray) -> float:
@@ -180,15 +205,14 @@ def _shuffled_spread(depths: ComparedDepths) -> float:
     return _spread(depths.ratios / depths.stored * depths.stored[others])
 
 
-def _steepness(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """The slope of a line fitted to y over x, and its standard error, without outliers."""
-    kept = np.abs(y - np.median(y)) < TYPICAL
-    slope, error = 0.0, np.inf
+def _steepness(depths: ComparedDepths) -> float:
+    """The slope of a line fitted to log ratio over log length, without outliers; nan: there are too few matches."""
+    x, y = np.log(depths.lengths), np.log(depths.ratios)
+    kept, slope = np.abs(y - np.median(y)) < TYPICAL, np.nan
     for _ in range(TRIMS):
         if kept.sum() < MIN_DEPTHS or np.ptp(x[kept]) < 1e-3:
-            return 0.0, np.inf
-        (slope, offset), covariance = np.polyfit(x[kept], y[kept], 1, cov=True)
-        error = float(np.sqrt(covariance[0, 0]))
+            return np.nan
+        slope, offset = np.polyfit(x[kept], y[kept], 1)
         residual = np.abs(y - slope * x - offset)
         kept = residual < 3 * np.median(residual)
-    return float(slope), error
+    return float(slope)

@@ -44,12 +44,14 @@ from train.engine.parallel import distribute, load_optimizer
 from train.engine.run import Run
 from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
 from train.engine.streams import mixture_changes, new_streams, saved_streams, state_of
+from train.evaluation.history import compared_plan
 from train.evaluation.validation import Validator, scene_names
 from train.objective.matching import start_matching
 from train.report.logger import Reporter
 from train.runtime.distributed import World, fail, start_world
 from train.runtime.stop import STOP_SIGNALS, StopRequest
 from vggt import VGGT, preset
+from vggt.config import preset_of
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
 from vggt.weights import fill, fingerprint, read_checkpoint
@@ -135,7 +137,8 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     # What people see
     if former_config is not None and world.is_main:
         names = scene_names(val_split, config.data) if val_split else []
-        keep_former_choices(out_dir, former_config, config, names)
+        validation = compared_plan(config.data, [shard_set.digest for shard_set in with_val])
+        keep_former_choices(out_dir, former_config, config, validation, names)
     total = config.total_steps
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=total, resumed=resumed)
     if state.step:
@@ -201,7 +204,10 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
     )
     init_fingerprint = None if saved is None else saved.get("init_fingerprint")
     if config.init is not None and saved is None:
-        state, _ = read_checkpoint(config.init)
+        state, found = read_checkpoint(config.init)
+        is_of = preset_of(found)
+        if is_of not in (None, chosen.preset) and found:
+            raise ValueError(f"model.preset: {chosen.preset}, but {config.init} is a {is_of}; set model.preset={is_of}")
         fill(model, state, config.init)
         init_fingerprint = fingerprint(state) if world.is_main else None  # which alone writes it down
     elif saved is None and config.loss.match > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 HEADS = ("camera", "depth", "point", "track")
@@ -143,3 +143,10 @@ def preset(
     if name not in _PRESETS:
         raise ValueError(f"model preset: expected one of {', '.join(PRESETS)}, found {name!r}")
     return VGGTConfig(**_PRESETS[name], heads=heads, head_chunk=head_chunk, recompute=recompute)
+
+
+def preset_of(values: Mapping[str, Any]) -> str | None:
+    """The name of the preset that a config.json's values are the sizes of; None if it is none. Raises ValueError."""
+    runtime = {"heads": HEADS, "head_chunk": 1, "recompute": True}  # no sizes
+    sizes = replace(VGGTConfig.from_dict(values), **runtime)
+    return next((name for name in PRESETS if sizes == replace(preset(name), **runtime)), None)

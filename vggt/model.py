@@ -40,9 +40,9 @@ class VGGT(nn.Module):
         """A model with the weights of `source`, on the CPU, in eval mode.
 
         source: a .pt or .safetensors file, a folder with one (as save_pretrained makes it), a checkpoint of the
-        trainer, or a Hugging Face name such as facebook/VGGT-1B. config: what to build; without it, what `source` says
-        of itself, or the published model. heads: to build instead of config.heads, such as ("camera", "depth"); those
-        left out may be in `source` or not.
+        trainer, nano (vggt-nano, which comes with the package), or a Hugging Face name such as facebook/VGGT-1B.
+        config: what to build; without it, what `source` says of itself, or the published model. heads: to build
+        instead of config.heads, such as ("camera", "depth"); those left out may be in `source` or not.
         Raises ValueError listing what is missing, unexpected or of another shape.
         """
         state, found = read_checkpoint(source)

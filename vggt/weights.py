@@ -26,6 +26,7 @@ WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "model_config"  # in a file
 FILE_SUFFIXES = (".pt", ".safetensors")
+NANO = Path(__file__).with_name("nano")  # the folder of vggt-nano, which comes with the package
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,7 +37,7 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     """
     path = Path(source).expanduser()
     if not path.exists():
-        path = _download(str(source))
+        path = _bundled() if str(source) == NANO.name else _download(str(source))
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".safetensors":
@@ -95,11 +96,20 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, config
 
 
+def _bundled() -> Path:
+    if not (NANO / WEIGHT_FILES[0]).exists():
+        raise ValueError(
+            f"nano: expected its weights in {NANO}, where they are not: install from a whole checkout, or make them "
+            "with make nano"
+        )
+    return NANO
+
+
 def _download(name: str) -> Path:
     looks_local = name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".pt", ".safetensors"))
     if looks_local:
         raise ValueError(
-            f"{name}: no such file; expected a .pt or .safetensors file, a folder with one, or a name like "
+            f"{name}: no such file; expected a .pt or .safetensors file, a folder with one, nano, or a name like "
             "facebook/VGGT-1B"
         )
     try:

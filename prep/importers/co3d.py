@@ -80,6 +80,9 @@ class Co3D:
     def describe(self) -> dict[str, Any]:
         return {"kind": "co3d", "annotations": {path.name: sha256(path) for path in self.files.values()}}
 
+    def identity(self, frame: Frame) -> str:
+        return str(frame.image)
+
     def sequences(self) -> Iterator[Sequence]:
         for (split, category), path in self.files.items():
             for name, entries in sorted(read_annotations(path).items()):

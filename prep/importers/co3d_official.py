@@ -78,6 +78,9 @@ class OfficialCo3D:
         digests = {path.relative_to(self.co3d_dir).as_posix(): sha256(path) for path in files if path.exists()}
         return {"kind": "co3d-official", "annotations": digests, "min_quality": self.min_quality}
 
+    def identity(self, frame: Frame) -> str:
+        return str(frame.image)
+
     def sequences(self) -> Iterator[Sequence]:
         for split in self.splits:
             for category in self.categories:

@@ -121,7 +121,7 @@ def _distortion(values: dict[str, Any]) -> Distortion | None:
     model = values.get("camera_model", "OPENCV")
     if model not in ("OPENCV", "OPENCV_FISHEYE", *PINHOLES):
         raise ValueError(f"camera_model {model} cannot be undistorted")
-    fisheye = model == "OPENCV_FISHEYE"
+    fisheye = model == "OPENCV_FISHEYE" or ("camera_model" not in values and bool(values.get("is_fisheye")))
     keys = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
     numbers = tuple(float(values.get(key, 0.0)) for key in keys)
     if not fisheye and values.get("k4"):

@@ -156,6 +156,10 @@ class Source(Protocol):
         """What tells this dataset from another, as JSON, without the place where it lies."""
         ...
 
+    def identity(self, frame: Frame) -> str:
+        """What is the same for frames that have the same image: none may be trained on and tested on."""
+        ...
+
     def sequences(self) -> Iterator[Sequence]:
         """All sequences whose files are here, train before test, by category and name: always in the same order."""
         ...

@@ -58,7 +58,7 @@ def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -
         plan.append(ShardJob(split, name, summary, zlib.compress(pickle.dumps(sequences), 1)))
         for sequence in sequences:
             key = sequence.category, sequence.name
-            hashes = np.array([hash(str(frame.image)) for frame in sequence.frames], np.int64)
+            hashes = np.array([hash(source.identity(frame)) for frame in sequence.frames], np.int64)
             if sequence.split == SPLITS[0]:
                 trained.add(key)
                 images.append(hashes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -326,6 +327,42 @@ def test_an_image_of_two_models_of_a_project_is_in_one_split(views, tmp_path):
     found.found, found.tail, found.split = models, None, {"1"}
     with pytest.raises(PackError, match="is in the train and in the test split, with 3 more frames"):
         make_plan(found, PackOptions(), allow_shared_frames=False)
+
+
+def test_the_same_photographs_in_another_capture_are_not_tested_on(views, tmp_path):
+    WRITERS["nerfstudio"](tmp_path / "first", views)
+    WRITERS["nerfstudio"](tmp_path / "again", [replace(v, cam_from_world=v.cam_from_world + 1e-4) for v in views])
+    found = Captures([tmp_path / "first", tmp_path / "again"], CaptureOptions(split=Split(names=("again",))))
+    with pytest.raises(PackError, match="is in the train and in the test split, with 7 more frames"):
+        make_plan(found, PackOptions(), allow_shared_frames=False)
+
+
+def test_depths_that_were_repaired_are_not_mixed_with_those_packed_before(views, tmp_path):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    again = ("pack", tmp_path / "capture", "--out", tmp_path / "set", "--min-frames", 1, "--trust")
+    assert vggt_prep(*again).returncode == 0
+    assert "nothing to do" in vggt_prep(*again).stdout
+    index = tmp_path / "set" / "dataset.json"
+    index.write_text(re.sub(r',\s*"bytes": \d+', "", index.read_text(), count=1))  # as older versions wrote it
+    assert "nothing to do" in vggt_prep(*again).stdout
+    shutil.rmtree(tmp_path / "set")
+    assert vggt_prep(*again).returncode == 0
+    for path in (tmp_path / "capture" / "depth").glob("*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) // 3)
+    done = vggt_prep(*again)
+    assert done.returncode == 1
+    assert "images or depths have changed since their shards were made" in done.stderr
+
+
+@pytest.mark.parametrize("lens", [{"is_fisheye": True}, {"camera_model": "OPENCV_FISHEYE"}])
+def test_a_fisheye_is_one_by_either_of_its_names(views, tmp_path, lens):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    values = json.loads(path.read_text())
+    values.pop("camera_model", None)
+    path.write_text(json.dumps(values | {"k1": 0.1} | lens))
+    (capture,) = Captures([tmp_path / "capture"], CaptureOptions()).found
+    assert capture.frames[0].camera.distortion == Distortion(coefficients=(0.1, 0, 0, 0), fisheye=True)
 
 
 @pytest.mark.parametrize("layout", ["nerfstudio", "wai", "polycam", "record3d", "arkitscenes"])

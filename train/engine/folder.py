@@ -15,7 +15,7 @@ from shards.locks import locked
 from train.engine.checkpoint import BEST, best_saved, find_newest, keep, load, step_file, steps_saved
 from train.engine.settings import TrainConfig, read_config, to_dict
 from train.engine.streams import saved_streams
-from train.evaluation.history import ValidationHistory, compared_plan
+from train.evaluation.history import ValidationHistory
 from train.report.logger import METRICS_FILE
 from train.runtime.jsonl import read_jsonl
 from train.runtime.typed import flatten
@@ -127,10 +127,12 @@ def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:
     return replace(config, init=now)
 
 
-def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig, scenes: list[str]) -> None:
+def keep_former_choices(
+    out_dir: Path, before: dict[str, Any], now: TrainConfig, plan: dict[str, Any], scenes: list[str]
+) -> None:
     """Keep what the former settings kept: milestones, and the best checkpoint if it is now chosen differently.
 
-    That is so if the metric or the scenes have changed, or the file of its validations is gone.
+    That is so if the metric, the plan or the scenes of validations have changed, or the file of them is gone.
     """
     folder = out_dir / "checkpoints"
     milestone = before["checkpoint"].get("milestone")
@@ -138,7 +140,7 @@ def keep_former_choices(out_dir: Path, before: dict[str, Any], now: TrainConfig,
         for step in steps_saved(folder):
             if step % milestone == 0:
                 keep(folder, step)
-    best, plan = best_saved(folder), compared_plan(now.data)
+    best = best_saved(folder)
     same_metric = before["checkpoint"].get("best") == now.checkpoint.best
     if best is None or (same_metric and ValidationHistory(out_dir).has(best, plan, scenes)):
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from train.engine.muon import Muon
 from train.runtime.typed import documented
 from vggt.layers import Block
 
@@ -136,7 +137,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         else:
             adamw.setdefault((decay, factor), []).append(parameter)
     first = torch.optim.AdamW(_groups(adamw), lr=config.lr, fused=True)
-    return Optimizers(first, torch.optim.Muon(_groups(muon), lr=config.lr)) if muon else first
+    return Optimizers(first, Muon(_groups(muon), lr=config.lr)) if muon else first
 
 
 def _groups(held: dict[tuple[float, float], list[nn.Parameter]]) -> list[dict[str, Any]]:

@@ -57,6 +57,11 @@ class Run:
     def out_dir(self) -> Path:
         return Path(self.config.out_dir)
 
+    @property
+    def _compared_plan(self) -> dict[str, Any]:
+        shard_sets = self.validator.split.shard_sets if self.validator else []
+        return compared_plan(self.config.data, [shard_set.digest for shard_set in shard_sets])
+
     def train(self, state: DataState) -> bool:
         """From `state` to the last step; True if a signal stopped it. Raises ValueError if it must not continue."""
         config, world, reporter, total = self.config, self.world, self.reporter, self.config.total_steps
@@ -140,7 +145,7 @@ class Run:
 
     def _validate(self, state: DataState) -> bool:
         """Validate at `state`, unless that is done, and mark the best checkpoint; True if a signal stopped it."""
-        step, history, plan = state.step, ValidationHistory(self.out_dir), compared_plan(self.config.data)
+        step, history, plan = state.step, ValidationHistory(self.out_dir), self._compared_plan
         # A run that was killed in between has validated before, or has still to do so.
         validator = self.validator
         if validator and not self.world.from_main(lambda: history.has(step, plan, validator.names)):
@@ -168,7 +173,7 @@ class Run:
         for source, shard_set in enumerate(shard_sets if len(shard_sets) > 1 else ()):
             if source in result.sources:
                 reporter.scalars(step, f"{name}:{shard_set}", result.means(source))
-        ValidationHistory(self.out_dir).add(step, compared_plan(self.config.data), result.names, result.by_scene)
+        ValidationHistory(self.out_dir).add(step, self._compared_plan, result.names, result.by_scene)
         reporter.say(f"step {step}: {name} {describe_metrics(result.means())}")
         if result.unreadable:
             few = ", ".join(result.unreadable[:3])

@@ -18,10 +18,11 @@ VALIDATION_FILE = "validation.jsonl"
 Line = dict[str, Any]  # step, plan (see compared_plan) and scenes: [{scene: its name, metric: value or null, ...}]
 
 
-def compared_plan(data: DataConfig) -> dict[str, Any]:
-    """What two validations must have in common to be of the same scenes."""
+def compared_plan(data: DataConfig, digests: list[str]) -> dict[str, Any]:
+    """What two validations must have in common to be of the same scenes. digests: of the shard sets they are in."""
     values = asdict(data)
-    return {key: values[key] for key in ("val_split", "val_scenes", "val_views", "val_aspect", "width")}
+    plan = {key: values[key] for key in ("val_split", "val_scenes", "val_views", "val_aspect", "width")}
+    return plan | ({"sets": digests} if len(digests) > 1 else {})  # a run's only set cannot be another on a resume
 
 
 @dataclass(frozen=True)

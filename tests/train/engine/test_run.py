@@ -103,16 +103,18 @@ def test_best_is_the_checkpoint_of_the_best_validation(shard_dir, tmp_path):
         ({"validation.jsonl": ""}, True),
         ({"checkpoint.keep": 9, "data.workers": 3}, False),
         ({"scenes json": ["of another set"]}, True),
+        ({"sets json": ["digest", "another's, whose scenes have the same names"]}, True),
     ],
 )
 def test_the_former_best_stays_if_a_resume_looks_for_another(tmp_path, changes, stays):
     config = load_config(None, ["init=a"])
     save(tmp_path / "checkpoints", 4, {"model": {}}, config.checkpoint)
     mark_best(tmp_path / "checkpoints", 4, config.checkpoint)
-    line = {"step": 4, "plan": compared_plan(config.data), "scenes": []}
+    line = {"step": 4, "plan": compared_plan(config.data, []), "scenes": []}
     (tmp_path / "validation.jsonl").write_text(changes.get("validation.jsonl", json.dumps(line)))
     now = load_config(None, ["init=a", *(f"{key}={value}" for key, value in changes.items() if "json" not in key)])
-    keep_former_choices(tmp_path, to_dict(config), now, changes.get("scenes json", []))
+    plan = compared_plan(now.data, changes.get("sets json", []))
+    keep_former_choices(tmp_path, to_dict(config), now, plan, changes.get("scenes json", []))
     for step in (5, 6, 7):
         save(tmp_path / "checkpoints", step, {"model": {}}, config.checkpoint)
         mark_best(tmp_path / "checkpoints", 7 if stays else 4, config.checkpoint)
