@@ -209,7 +209,7 @@ def test_a_lens_there_and_back_and_every_pixel_of_its_pinhole_image_was_seen(dis
 
 def test_coarse_depth_supervises_a_pixel_a_sample_and_is_not_spread(views, tmp_path):
     WRITERS["scannet"](tmp_path / "capture", views)
-    for path in (tmp_path / "capture" / "depth").glob("*.png"):
+    for path in (tmp_path / "capture" / "depths").glob("*.png"):
         depth = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         cv2.imwrite(str(path), np.ascontiguousarray(depth[2::5, 2::5]))
     opened = pack(tmp_path / "capture", tmp_path / "set")
@@ -347,7 +347,7 @@ def test_depths_that_were_repaired_are_not_mixed_with_those_packed_before(views,
     assert "nothing to do" in vggt_prep(*again).stdout
     shutil.rmtree(tmp_path / "set")
     assert vggt_prep(*again).returncode == 0
-    for path in (tmp_path / "capture" / "depth").glob("*.png"):
+    for path in (tmp_path / "capture" / "depths").glob("*.png"):
         cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) // 3)
     done = vggt_prep(*again)
     assert done.returncode == 1
