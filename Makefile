@@ -7,13 +7,14 @@ SHARDS              ?= data/shards
 PACK                ?=
 INIT                ?=
 NPROC               ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n > 0 ? n : 1)))
-RUN                 ?= $(if $(INIT),finetune,$(if $(CAPTURES),captures,$(if $(CO3D_DIR),co3d,$(if $(SHARDS_GIVEN),$(notdir $(SHARDS:%/=%)),demo))))
+RUN                 ?= $(if $(filter-out nano,$(INIT)),finetune,$(if $(CAPTURES),captures,$(if $(CO3D_DIR),co3d,$(if $(SHARDS_GIVEN),$(notdir $(SHARDS:%/=%)),demo))))
 ARGS                ?=
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CONFIG := train/configs/$(if $(INIT),default,demo).yaml
+# vggt-nano, which comes with the project, unless there is a larger model.
+CONFIG := train/configs/$(if $(filter-out nano,$(INIT)),default,nano).yaml
 DEMO   := data/demo
 # One process needs no torchrun, whose report after an error hides what the error was.
 LAUNCH  = $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
@@ -31,16 +32,17 @@ $(USERS): export RUN := $(RUN)
 IS_DEMO = [ "$$(readlink "$$SHARDS")" = "$$(pwd -P)/$(DEMO)/shards" ]
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards finetune eval test test-slow check bench proof clean
+.PHONY: help setup shards finetune eval test test-slow check bench proof nano clean
 
 help:
-	@echo "make finetune    train: a small model on rendered scenes, or on your data, or the published checkpoint"
+	@echo "make finetune    fine-tune vggt-nano, or the published checkpoint, on your data, or on rendered scenes"
 	@echo "make eval        is the model of RUN any good? Compared with baselines and with INIT; writes runs/RUN/eval/report.html"
 	@echo "make shards      only pack the training data"
 	@echo "make setup       only create .venv and install into it"
 	@echo "make test        all tests except the slow ones;  make test-slow: those;  make check: lint and types"
 	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
 	@echo "make proof       that it learns: rendered scenes it has not seen, and overfitting one scene: under 20 minutes"
+	@echo "make nano        make vggt-nano, which comes with the project, from nothing: a day on two cores, an hour on a GPU"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CAPTURES=             folders of your captures: COLMAP, nerfstudio, TUM RGB-D, ... (docs/CAPTURES.md)"
@@ -48,7 +50,7 @@ help:
 	@echo "CO3D_ANNOTATION_DIR=  VGGT's cameras: <category>_{train,test}.jgz (none: those that come with Co3D)"
 	@echo "SHARDS=data/shards    where the packed data goes, or is"
 	@echo "PACK=                 options of vggt-prep pack, such as PACK='--test kitchen'; see .venv/bin/vggt-prep pack --help"
-	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: a small model from scratch)"
+	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: vggt-nano, which comes with the project)"
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
 	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: finetune with INIT, else captures, co3d, SHARDS' name, demo)"
 	@echo "ARGS=                 more settings, such as ARGS='optim.lr=1e-5 epochs=5'; see train/configs/default.yaml"
@@ -95,7 +97,7 @@ eval: shards
 	@if $(IS_DEMO); then set -- --min-frames 24; fi; \
 	trained="runs/$$RUN/checkpoints/best"; [ -e "$$trained" ] || trained="runs/$$RUN/checkpoints/latest"; \
 	OMP_NUM_THREADS=1 $(LAUNCH) -m train.evaluate --shards "$$SHARDS" \
-	  $(if $(INIT),--checkpoint "$$INIT") --checkpoint "$$trained" --out "runs/$$RUN/eval" "$$@" $(ARGS)
+	  --checkpoint "$${INIT:-nano}" --checkpoint "$$trained" --out "runs/$$RUN/eval" "$$@" $(ARGS)
 
 test: .venv/installed-dev
 	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -119,6 +121,16 @@ bench: setup
 proof: shards
 	@$(BIN)/python bench/proof.py heldout --out data/proof
 	@$(BIN)/python bench/proof.py overfit --shards "$$SHARDS"
+
+NANO := data/nano
+nano: setup
+	@$(BIN)/vggt-prep synth --out $(NANO)/captures --family rooms --short-side 70 --scenes 2500 --frames 16 --seed 1
+	@$(BIN)/vggt-prep pack --co3d-dir $(NANO)/captures/co3d --annotation-dir $(NANO)/captures/annotations --out $(NANO)/shards
+	@for stage in 1 2 3; do \
+	  OMP_NUM_THREADS=1 $(LAUNCH) train/main.py --config train/configs/nano_$$stage.yaml data.shards=$(NANO)/shards $(ARGS) && \
+	  $(BIN)/python -m train.export $(NANO)/stage_$$stage/checkpoints/latest --out $(NANO)/stage_$$stage.safetensors || exit 1; \
+	done
+	@$(BIN)/python -m train.export $(NANO)/stage_3/checkpoints/latest --out vggt/nano --half
 
 clean:
 	@if $(IS_DEMO); then rm "$$SHARDS"; fi

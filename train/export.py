@@ -43,9 +43,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=user_path, required=True, help=".pt, .safetensors, or a folder for both it and a config"
     )
+    parser.add_argument("--half", action="store_true", help="write 16-bit floats: half the size")
     arguments = parser.parse_args()
     try:
         state, config, trained = export(arguments.checkpoint, arguments.out, arguments.init)
+        if arguments.half:
+            state = {name: value.half() for name, value in state.items()}
         write(arguments.out, state, config)
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)

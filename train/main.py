@@ -198,17 +198,20 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
 def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) -> tuple[VGGT, str | None]:
     """The run's model, with the weights of its checkpoint, of `init`, or random; and the fingerprint of `init`."""
     torch.manual_seed(config.seed)
-    chosen = config.model
+    chosen, state = config.model, None
+    if config.init is not None and saved is None:
+        state, found = read_checkpoint(config.init)
+        sizes = preset_of(found) if found else None
+        if sizes not in (None, chosen.preset):
+            raise ValueError(
+                f"model.preset: {chosen.preset}, but {config.init} is of {sizes}; set model.preset={sizes}"
+            )
     model = VGGT(
         preset(chosen.preset, heads=config.loss.heads, head_chunk=chosen.head_chunk, recompute=chosen.recompute)
     )
     init_fingerprint = None if saved is None else saved.get("init_fingerprint")
-    if config.init is not None and saved is None:
-        state, found = read_checkpoint(config.init)
-        is_of = preset_of(found)
-        if is_of not in (None, chosen.preset) and found:
-            raise ValueError(f"model.preset: {chosen.preset}, but {config.init} is a {is_of}; set model.preset={is_of}")
-        fill(model, state, config.init)
+    if state is not None:
+        fill(model, state, str(config.init))
         init_fingerprint = fingerprint(state) if world.is_main else None  # which alone writes it down
     elif saved is None and config.loss.match > 0:
         start_matching(model)

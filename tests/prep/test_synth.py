@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import BIN, run_command, vggt_prep
 
-from prep.synth.orbit import make_orbit
+from prep.synth.orbit import landscape_and_portrait, make_orbit
 from prep.synth.render import Box, Camera, Ground, Sphere, look_at, render
-from prep.synth.synth import stereo_depth
-from prep.synth.turntable import CATEGORIES, ORBIT, make_scene
+from prep.synth.rooms import HELD_OUT_ORBIT
+from prep.synth.synth import FAMILIES, stereo_depth
+from prep.synth.turntable import make_scene
 
 
 def distance_to_surface(scene, points):
@@ -44,11 +45,12 @@ def unproject(depth, camera):
     return (rotation.T @ (in_camera - translation)).T
 
 
-@pytest.mark.parametrize("index", range(6))
-def test_every_rendered_depth_lands_on_the_analytic_surface(index):
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_rendered_depth_lands_on_the_analytic_surface(family, index):
     rng = np.random.default_rng((5, index))
-    scene = make_scene(rng, CATEGORIES[index % 3])
-    for camera in make_orbit(rng, ORBIT, scene.unit, 3):
+    scene = family.make_scene(rng, family.CATEGORIES[index % len(family.CATEGORIES)])
+    for camera in make_orbit(rng, family.ORBIT, scene.unit, 3):
         image, depth, cosine = render(scene, camera)
         assert image.shape == (camera.height, camera.width, 3)
         exact = np.where(np.isfinite(depth), depth, 0)
@@ -79,6 +81,14 @@ def test_a_rendered_point_appears_where_the_camera_projects_it():
     center = k @ (camera.cam_from_world @ [0.3, -0.2, 0.4, 1])
     assert columns.mean() == pytest.approx(center[0] / center[2], abs=0.3)
     assert rows.mean() == pytest.approx(center[1] / center[2], abs=0.3)
+
+
+def test_rooms_for_testing_are_walked_around_by_120_degrees():
+    cameras = make_orbit(np.random.default_rng(0), HELD_OUT_ORBIT, 2.0, 24, landscape_and_portrait(60))
+    assert {(camera.height, camera.width) for camera in cameras} <= {(60, 80), (80, 60)}
+    centers = np.array([-camera.cam_from_world[:, :3].T @ camera.cam_from_world[:, 3] for camera in cameras])
+    azimuth = np.unwrap(np.arctan2(centers[:, 1], centers[:, 0]))
+    assert abs(np.degrees(azimuth[-1] - azimuth[0])) == pytest.approx(120, abs=5)
 
 
 def test_captures_are_in_the_layout_of_co3d(captures):

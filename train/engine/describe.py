@@ -20,6 +20,7 @@ from train.report.words import HEADLINE_METRICS, count, describe_change, metric_
 from train.runtime.distributed import World
 from train.runtime.jsonl import read_jsonl
 from vggt.model import VGGT
+from vggt.weights import NANO
 
 
 def describe_start(
@@ -135,9 +136,10 @@ def _validations(config: TrainConfig, history: ValidationHistory, validated: Sha
 
 
 def _next_steps(config: TrainConfig) -> list[str]:
-    if config.init is None:
+    if config.init in (None, NANO.name):
+        what = "This was a model from scratch" if config.init is None else "This was vggt-nano, a small VGGT"
         return [
-            "This was a model from scratch: it shows that everything works, not what VGGT can do. Next:",
+            f"{what}: it shows how everything works, not what VGGT can do. Next:",
             "  your data, if this was not it: make finetune CAPTURES=<folders> (or CO3D_DIR=<co3d>)",
             f"  VGGT itself, on this data:     make finetune SHARDS={shlex.quote(config.data.sources[0].path)} "
             "INIT=<the published checkpoint>",

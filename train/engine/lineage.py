@@ -12,7 +12,7 @@ from train.data.plan import validation_plan
 from train.data.split import Split
 from train.engine.checkpoint import load
 from train.engine.settings import TrainConfig, data_config
-from vggt.weights import fingerprint
+from vggt.weights import NANO, fingerprint
 
 
 def saved_run(source: str) -> dict[str, Any] | None:
@@ -51,6 +51,8 @@ def trained_before(source: str | None, expected: str | None = None) -> tuple[lis
     seen: set[str] = set()
     while source is not None and source not in seen:
         seen.add(source)
+        if source == NANO.name and not Path(source).exists():
+            break  # on rendered rooms alone
         try:
             saved = saved_run(source)
             if saved is None:
