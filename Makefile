@@ -83,7 +83,7 @@ else
 	elif [ -n "$(SHARDS_GIVEN)" ] || [ -d "$$SHARDS" ] || { [ -L "$$SHARDS" ] && ! $(IS_DEMO); }; then \
 	  echo "$$SHARDS: no finished shard set; pack one with CAPTURES=... or CO3D_DIR=..."; exit 2; \
 	else \
-	  $(BIN)/vggt-prep synth --out $(DEMO)/captures && \
+	  $(BIN)/vggt-prep synth --out $(DEMO)/captures --family walk --scenes 96 --frames 24 --short-side 120 && \
 	  $(BIN)/vggt-prep pack --co3d-dir $(DEMO)/captures/co3d --annotation-dir $(DEMO)/captures/annotations \
 	    --out $(DEMO)/shards && \
 	  ln -sfn "$$(pwd -P)/$(DEMO)/shards" "$$SHARDS"; fi

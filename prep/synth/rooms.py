@@ -8,19 +8,19 @@ from prep.synth.looks import f32, make_light, make_patchwork, make_texture
 from prep.synth.orbit import Orbit
 from prep.synth.render import Box, Ground, Scene, Shape, Sphere, Walls
 
-CATEGORIES = ("room", "yard")
+CATEGORIES = ("room", "hall", "yard")
 ORBIT = Orbit(turn=(0.25 * np.pi, np.pi), elevation=(0.15, 0.7), distance=(2.0, 3.2), half_view=(0.38, 0.65))
 HELD_OUT_ORBIT = Orbit(turn=(2 / 3 * np.pi, 2 / 3 * np.pi), elevation=ORBIT.elevation, distance=(2.2, 3.0))
 
 
 def make_scene(rng: np.random.Generator, category: str) -> Scene:
-    """Five to nine things about the origin, more by the walls of a room, or a yard under the sky."""
+    """Five to nine things about the origin, more in a ring about them; a room, a large one, or a yard under the sky."""
     unit = float(rng.uniform(1, 8))
-    half = rng.uniform(4.5, 6, 2)
+    half = rng.uniform(4.5, 6, 2) * (1.4 if category == "hall" else 1)
     floor = Ground(radius=float(1.5 * half.max() * unit), texture=make_patchwork(rng), tile=rng.uniform(3, 7) * unit)
     shapes: list[Shape] = [floor]
     yaw = float(rng.uniform(0, np.pi))
-    if category == "room":
+    if category != "yard":
         height = rng.uniform(3.2, 4.2)
         size = f32([*half, height]) * f32(unit)
         texture, tile = make_patchwork(rng), rng.uniform(12, 20) * unit

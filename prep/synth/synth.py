@@ -16,13 +16,43 @@ import cv2
 import numpy as np
 
 from prep.synth import rooms, turntable
-from prep.synth.orbit import landscape_and_portrait, make_orbit
-from prep.synth.render import render
+from prep.synth.orbit import Orbit, landscape_and_portrait, make_orbit
+from prep.synth.render import Scene, render
 from shards.codecs import encode_jpeg
 from shards.locks import locked
 from shards.writer import write_json
 
-FAMILIES = {"turntable": turntable, "rooms": rooms}
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Scenes of a kind, and how the camera moves in those for training and in those for testing."""
+
+    categories: tuple[str, ...]
+    make_scene: Callable[[np.random.Generator, str], Scene]
+    orbit: Orbit
+    held_out: Orbit
+
+
+FAMILIES = {
+    "turntable": Family(
+        categories=turntable.CATEGORIES,
+        make_scene=turntable.make_scene,
+        orbit=turntable.ORBIT,
+        held_out=turntable.ORBIT,
+    ),
+    "walk": Family(
+        categories=turntable.CATEGORIES,
+        make_scene=turntable.make_scene,
+        orbit=turntable.WALK,
+        held_out=turntable.WALK,
+    ),
+    "rooms": Family(
+        categories=rooms.CATEGORIES,
+        make_scene=rooms.make_scene,
+        orbit=rooms.ORBIT,
+        held_out=rooms.HELD_OUT_ORBIT,
+    ),
+}
 TEST_FRACTION = 8  # one scene in so many is held out
 DONE_FILE = "synth.json"
 
@@ -100,13 +130,13 @@ def write_scene(root: Path, index: int, options: SynthOptions) -> tuple[str, str
     cv2.setNumThreads(1)  # there is a process a core
     rng = np.random.default_rng((options.seed, index))
     family = FAMILIES[options.family]
-    category = family.CATEGORIES[index % len(family.CATEGORIES)]
+    category = family.categories[index % len(family.categories)]
     name = f"scene_{index:05d}"
     folder = root / category / name
     for part in ("images", "depths", "depth_masks"):
         (folder / part).mkdir(parents=True)
     scene = family.make_scene(rng, category)
-    orbit = getattr(family, "HELD_OUT_ORBIT", family.ORBIT) if is_held_out(index) else family.ORBIT
+    orbit = family.held_out if is_held_out(index) else family.orbit
     sizes = landscape_and_portrait(options.short_side)
     annotations = []
     for i, camera in enumerate(make_orbit(rng, orbit, scene.unit, options.frames, sizes)):

@@ -10,6 +10,7 @@ from prep.synth.render import Box, Ground, Scene, Shape, Sphere
 
 CATEGORIES = ("balls", "blocks", "mixed")
 ORBIT = Orbit(turn=(0.6 * np.pi, 2 * np.pi), elevation=(0.35, 0.8), distance=(2.6, 3.6))
+WALK = Orbit(turn=(np.pi / 3, 2 / 3 * np.pi), elevation=ORBIT.elevation, distance=ORBIT.distance)
 
 
 def make_scene(rng: np.random.Generator, category: str) -> Scene:
