@@ -203,9 +203,8 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
         state, found = read_checkpoint(config.init)
         sizes = preset_of(found) if found else None
         if sizes not in (None, chosen.preset):
-            raise ValueError(
-                f"model.preset: {chosen.preset}, but {config.init} is of {sizes}; set model.preset={sizes}"
-            )
+            what = f"{chosen.preset}, but {config.init} has the sizes of {sizes}"
+            raise ValueError(f"model.preset: {what}; set model.preset={sizes}")
     model = VGGT(
         preset(chosen.preset, heads=config.loss.heads, head_chunk=chosen.head_chunk, recompute=chosen.recompute)
     )

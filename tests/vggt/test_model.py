@@ -222,6 +222,16 @@ def test_forward_compiles_as_one_graph(weights):
         assert out["track"].isfinite().all()
 
 
+def test_blocks_that_keep_their_activations_give_the_same_gradients(weights):
+    gradients = []
+    for recompute in (True, False):
+        model = tiny(weights, heads=("camera",), recompute=recompute).train()
+        torch.stack(model(gradient_images())["pose_enc_list"]).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+
+
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_gradients(weights):
     gradients = []

@@ -37,5 +37,5 @@ def test_nano_has_no_head_for_tracks_and_says_so():
 
 def test_a_run_of_another_size_that_starts_from_nano_is_told_its_preset():
     config = load_config(None, ["init=nano"])
-    with pytest.raises(ValueError, match=r"model\.preset: 1b, but nano is nano; set model\.preset=nano"):
+    with pytest.raises(ValueError, match=r"model\.preset: 1b, but nano has the sizes of nano; set model\.preset=nano"):
         make_model(config, None, World(0, 1, 1, torch.device("cpu")))

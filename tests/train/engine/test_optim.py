@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
 from train.engine.optim import LrFactor, OptimConfig, clip_gradients, freeze, make_optimizer, set_lr
+from train.engine.parallel import load_optimizer
 from vggt import VGGT, preset
 from vggt.config import HEADS
 
@@ -100,3 +102,35 @@ def test_every_trained_parameter_belongs_to_exactly_one_clip_group():
     )
     clipped = sum(float(p.grad.norm()) ** 2 for p in parameters.values())
     assert clipped == pytest.approx(len(norms) * 1e-6, rel=1e-3)
+
+
+def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest_and_both_are_restored():
+    """A state that was saved continues as if it had not been: to the bit."""
+    config = OptimConfig(lr=1e-3, muon_lr=1e-2, lr_factors=(LrFactor(names="*camera_head*", factor=0.5),))
+    torch.manual_seed(0)
+    model = tiny()
+    optimizer = make_optimizer(model, config)
+    moved = settings(model, optimizer)
+    assert set(moved) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved["aggregator.global_blocks.0.attn.qkv.weight"]["lr_factor"] == 10
+    assert moved["camera_head.trunk.0.mlp.fc1.weight"]["lr_factor"] == 5
+    assert moved["camera_head.embed_pose.weight"]["lr_factor"] == 0.5
+    assert moved["aggregator.patch_embed.patch_embed.proj.weight"]["lr_factor"] == 1
+    ends = []
+    for resumed in (False, True):
+        model, generator = tiny(), torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        optimizer = make_optimizer(model, config)
+        for step in range(4):
+            if resumed and step == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = make_optimizer(model, config)
+                load_optimizer(optimizer, saved)
+            set_lr(optimizer, config, step, 4)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
