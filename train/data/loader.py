@@ -17,9 +17,11 @@ from train.runtime.stop import Interrupted, StopRequest
 log = logging.getLogger(__name__)
 
 PATIENCE = 2 * OUTAGE_PATIENCE + 120  # seconds for a batch: longer than a worker waits for storage and for memory
+TELL_EVERY = 60  # seconds of waiting
+GIVING_UP = f"After {PATIENCE:.0f} s the run stops"
 TIMED_OUT = "timed out"  # in torch's error
 MAX_DEATHS = 3  # of workers, without a batch in between
-LOST = "the batch of step {step} was lost on its way out of its worker process: see above, or try data.workers=0"
+LOST = "the batch of step {step} never came out of its worker process, which hangs or lost it: try data.workers=0"
 
 
 class NoDataError(ValueError):
@@ -80,13 +82,17 @@ def stream(
 
 def _next(loader: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
     """The next batch; None at the end. Raises RuntimeError if none comes for longer than a worker may wait."""
-    began = time.monotonic()
+    began, told = time.monotonic(), 0
     while True:
         try:
             return next(loader, None)
         except RuntimeError as error:  # LOOK_EVERY seconds have passed, or a worker died
-            if TIMED_OUT not in str(error) or time.monotonic() - began > PATIENCE:
+            waited = time.monotonic() - began
+            if TIMED_OUT not in str(error) or waited > PATIENCE:
                 raise
+            if waited > TELL_EVERY * (told + 1):
+                told += 1
+                log.warning("no data for %d s: is the storage slow, or shared memory full? %s", waited, GIVING_UP)
 
 
 def _is_death(error: Exception) -> bool:

@@ -451,8 +451,26 @@ def test_a_batch_that_is_lost_on_its_way_is_noticed(split):
     second = plan.after(plan.start())
     for begin, last in ((second, 4), (plan.start(), 3)):
         batches = stream(lambda _: TrainingSteps(split, plan, 0, begin, last), range(4), 0, False)  # noqa: B023
-        with pytest.raises(NoDataError, match=r"the batch of step \d was lost on its way out of its worker"):
+        with pytest.raises(NoDataError, match=r"the batch of step \d never came out of its worker process"):
             list(batches)
+
+
+def test_a_long_wait_for_data_says_so(monkeypatch, caplog):
+    """As with a worker that hangs in a read of a dead file system."""
+    clock = iter([0, 30, 70, 90, 130])
+    monkeypatch.setattr(train.data.loader.time, "monotonic", lambda: next(clock))
+
+    class Slow:
+        looks = 0
+
+        def __next__(self):
+            self.looks += 1
+            if self.looks <= 4:
+                raise RuntimeError("DataLoader timed out after 5 seconds")
+            return {"the": "batch"}
+
+    assert train.data.loader._next(Slow()) == {"the": "batch"}
+    assert [record.getMessage()[:16] for record in caplog.records] == ["no data for 70 s", "no data for 130 "]
 
 
 def test_a_batch_waits_for_shared_memory_and_is_refused_if_there_never_is_enough(monkeypatch):
