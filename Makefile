@@ -124,10 +124,12 @@ proof: shards
 
 NANO := data/nano
 nano: setup
-	@$(BIN)/vggt-prep synth --out $(NANO)/captures --family rooms --short-side 70 --scenes 2500 --frames 16 --seed 1
-	@$(BIN)/vggt-prep pack --co3d-dir $(NANO)/captures/co3d --annotation-dir $(NANO)/captures/annotations --out $(NANO)/shards
+	@$(BIN)/vggt-prep synth --out $(NANO)/captures --family rooms --short-side 70 --scenes 4000 --frames 12 --seed 1
+	@$(BIN)/vggt-prep pack --co3d-dir $(NANO)/captures/co3d --annotation-dir $(NANO)/captures/annotations \
+	  --min-frames 12 --out $(NANO)/shards
 	@for stage in 1 2 3; do \
-	  OMP_NUM_THREADS=1 $(LAUNCH) train/main.py --config train/configs/nano_$$stage.yaml data.shards=$(NANO)/shards $(ARGS) && \
+	  OMP_NUM_THREADS=1 $(LAUNCH) train/main.py --config train/configs/nano_$$stage.yaml \
+	    data.shards=$(NANO)/shards $(ARGS) && \
 	  $(BIN)/python -m train.export $(NANO)/stage_$$stage/checkpoints/latest --out $(NANO)/stage_$$stage.safetensors || exit 1; \
 	done
 	@$(BIN)/python -m train.export $(NANO)/stage_3/checkpoints/latest --out vggt/nano --half
