@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from prep.importers.source import Capture
-from prep.matches import CLEAN, Pair, View, epipolar_distances, inverse, matched_pairs, triangulated
+from prep.matches import Pair, View, epipolar_distances, inverse, matched_pairs, triangulated
 
 MIN_PAIRS = 3
 NEAR = 4.0  # pixels from the given cameras' epipolar lines: phone tracking is no more accurate
@@ -23,7 +23,7 @@ DEPTH_FITS = 1.15  # stored and triangulated depths agree within this factor
 UNITS = {1000.0: "depths are 1000 times too large (millimeters?)", 1e-3: "depths are 1000 times too small (meters?)"}
 MIN_DEPTHS = 30
 RELIEF = 0.1  # shuffled spread above this: not nearly flat
-NOISE, LIKE_CHANCE = 0.05, 0.5  # spread of depths that fit; part of the shuffled spread above which they do not
+NOISE, LIKE_CHANCE = 0.05, 0.25  # spread of depths that fit; part of the shuffled spread above which they do not
 BEHIND = 0.3  # fraction of points in front of both cameras, below which the cameras look the other way
 SURE = 2.0  # standard errors
 UNIT_OFF = 10.0  # beyond this factor, depths are in another unit, along rays or the axis
@@ -126,7 +126,7 @@ def _score(pairs: list[Pair], change: Change) -> float:
 @dataclass(frozen=True)
 class ComparedDepths:
     """For matches [n]: stored depth, its ratio to the triangulated depth z, the ratio of ray length to z, and by what
-    fraction z is off where the match is off by CLEAN pixels."""
+    fraction z is off where a match is off by as much as the pair's typically are."""
 
     stored: np.ndarray
     ratios: np.ndarray
@@ -144,7 +144,8 @@ def _compared_depths(pair: Pair) -> ComparedDepths:
     a, b, x, y = pair
     assert a.depth is not None
     cameras = (a.extrinsics, a.intrinsics), (b.extrinsics, b.intrinsics)
-    near = epipolar_distances(*cameras, x, y) < NEAR
+    distances = epipolar_distances(*cameras, x, y)
+    near = distances < NEAR
     x, y = x[near], y[near]
     points = triangulated(*cameras, x, y) if len(x) else np.empty((3, 0))
     rays = [points - inverse(view.extrinsics)[:, 3:] for view in (a, b)]
@@ -155,7 +156,8 @@ def _compared_depths(pair: Pair) -> ComparedDepths:
     depth = a.depth[np.minimum(rows, a.depth.shape[0] - 1), np.minimum(columns, a.depth.shape[1] - 1)]
     good = inside & (z > 0) & (depth > 0) & (cosine < np.cos(np.radians(MIN_PARALLAX)))
     lengths = np.linalg.norm(rays[0][:, good], axis=0) / z[good]
-    noise = CLEAN / (a.intrinsics[0, 0] * np.arccos(cosine[good]))
+    typical = np.median(distances[near]) if near.any() else 0.0  # across epipolar lines, and so along them
+    noise = typical / (a.intrinsics[0, 0] * np.arccos(cosine[good]))
     return ComparedDepths(depth[good], depth[good] / z[good], lengths, noise)
 
 
