@@ -97,7 +97,7 @@ eval: shards
 	@if $(IS_DEMO); then set -- --min-frames 24; fi; \
 	trained="runs/$$RUN/checkpoints/best"; [ -e "$$trained" ] || trained="runs/$$RUN/checkpoints/latest"; \
 	OMP_NUM_THREADS=1 $(LAUNCH) -m train.evaluate --shards "$$SHARDS" \
-	  --checkpoint "$${INIT:-nano}" --checkpoint "$$trained" --out "runs/$$RUN/eval" "$$@" $(ARGS)
+	  $(if $(INIT),--checkpoint "$$INIT",--with-init) --checkpoint "$$trained" --out "runs/$$RUN/eval" "$$@" $(ARGS)
 
 test: .venv/installed-dev
 	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -183,10 +183,12 @@ def _wrong_depth(ratio: float, by_pair: list[ComparedDepths]) -> str | None:
 def _jackknifed(statistic: Callable[[ComparedDepths], float], by_pair: list[ComparedDepths]) -> tuple[float, float]:
     """A statistic of all pairs, and its standard error from leaving each out (Tukey 1958)."""
     parts = [part for part in by_pair if len(part.ratios)]
+    value = statistic(_joined(parts))
+    if len(parts) < MIN_PAIRS:
+        return value, np.inf
     without = [statistic(_joined(parts[:i] + parts[i + 1 :])) for i in range(len(parts))]
-    if len(parts) < MIN_PAIRS or not np.isfinite(without).all():
-        return statistic(_joined(parts)), np.inf
-    return statistic(_joined(parts)), float(np.sqrt((len(parts) - 1) * np.var(without)))
+    spread = np.var(without) if np.isfinite(without).all() else np.inf
+    return value, float(np.sqrt((len(parts) - 1) * spread))
 
 
 def _like_chance(depths: ComparedDepths) -> float:

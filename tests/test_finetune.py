@@ -51,8 +51,6 @@ def test_make_finetune_renders_packs_trains_and_tells(checkout):
     ):
         assert (run / name).exists(), name
     tested = [line for line in figures(run) if line["split"] == "test"]
-    trained = [line for line in figures(run) if line["split"] == "train"]
-    assert trained[-1]["loss_objective"] < trained[0]["loss_objective"]
     assert tested[-1]["loss_objective"] < 0.8 * tested[0]["loss_objective"]
     assert tested[-1]["depth_abs_rel"] < 0.8 * tested[0]["depth_abs_rel"]
     assert "It got better, on scenes that were never trained on." in done.stdout
@@ -79,7 +77,7 @@ def test_make_finetune_takes_real_captures_in_the_same_place(checkout, co3d_mini
         name = f"real run #{processes}"
         done = make(checkout, "finetune", *real, f"NPROC={processes}", f"RUN={name}", steps)
         assert done.returncode == 0, done.stderr
-        trained = [line for line in figures(checkout / "runs" / name) if line["split"] == "train"]
-        assert trained[-1]["loss_objective"] < trained[0]["loss_objective"]
+        tested = [line for line in figures(checkout / "runs" / name) if line["split"] == "test"]
+        assert tested[-1]["depth_abs_rel"] < tested[0]["depth_abs_rel"]
     assert not (checkout / "data" / "shards").is_symlink()
     assert (checkout / "data" / "demo" / "shards" / "dataset.json").exists()

@@ -92,13 +92,14 @@ def test_the_demo_is_told_from_other_shards_through_links(make, tmp_path):
 
 
 def test_clean_removes_the_demo_and_nothing_of_yours(make, tmp_path):
-    for name in ("data/demo/dataset.json", "data/demo/captures/kitchen/transforms.json", "data/demo/shards/dataset.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
+    mine = [
+        tmp_path / "data/demo" / name for name in ("dataset.json", "captures/kitchen/a.json", "shards/dataset.json")
+    ]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
     make("clean")
-    assert (tmp_path / "data/demo/dataset.json").exists()
-    assert (tmp_path / "data/demo/captures/kitchen/transforms.json").exists()
-    assert (tmp_path / "data/demo/shards/dataset.json").exists()
-    (tmp_path / "data/demo/captures/synth.json").write_text("")  # the demo's own
+    assert all(path.exists() for path in mine)
+    (demo / "captures/synth.json").write_text("")  # the demo's own
     make("clean")
-    assert [path.name for path in (tmp_path / "data/demo").iterdir()] == ["dataset.json"]
+    assert [path.name for path in demo.iterdir()] == ["dataset.json"]

@@ -29,7 +29,7 @@ from shards.writer import atomic_file
 from train.config import user_path
 from train.data.split import Split
 from train.data.workers import worker_count
-from train.engine.lineage import trained_before, trained_width
+from train.engine.lineage import began_from, trained_before, trained_width
 from train.engine.settings import CONFIG_FILE
 from train.evaluation.baselines import mean_relative_pose
 from train.evaluation.evaluator import Evaluator
@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, action="append", help="of a run, a file, folder or hub name; can be repeated"
     )
+    parser.add_argument("--with-init", action="store_true", help="also, and first, what the run of the last began from")
     parser.add_argument("--out", type=user_path, required=True, help="folder that gets results.json and report.html")
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="fast: 10 sequences a category")
     parser.add_argument("--min-frames", type=int, default=50, help="of a sequence (the protocol's: 50)")
@@ -86,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace, world: World) -> None:
     """Evaluate every checkpoint on the same frames; the main rank prints and writes. Raises ValueError, OSError."""
-    labels: list[str] = arguments.checkpoint
+    labels: list[str] = [*(began_from(arguments.checkpoint[-1]) if arguments.with_init else ()), *arguments.checkpoint]
     for option, given in (("--checkpoint", labels), ("--shards", arguments.shards)):
         if len(set(given)) < len(given):
             raise ValueError(f"{option}: one is given twice: {', '.join(given)}")

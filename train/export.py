@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from train.engine.checkpoint import load
 from train.engine.optim import freeze
 from train.engine.settings import CONFIG_FILE
 from vggt import VGGT, VGGTConfig
-from vggt.config import HEADS
+from vggt.config import PUBLISHED, RUNTIME, preset_of
 from vggt.damage import damage
 from vggt.weights import (
     FILE_SUFFIXES,
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=user_path, required=True, help=".pt, .safetensors, or a folder for both it and a config"
     )
-    parser.add_argument("--half", action="store_true", help="write 16-bit floats: half the size")
+    parser.add_argument("--half", action="store_true", help="write float16, whatever `init` has: half the size")
     arguments = parser.parse_args()
     try:
         state, config, trained = export(arguments.checkpoint, arguments.out, arguments.init)
@@ -75,7 +74,7 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         raise ValueError(f"{checkpoint}: not a checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
     if init is not None and saved["config"]["init"] is None:
         raise ValueError(f"--init: {checkpoint} is of a run from scratch, which started from nothing")
-    config, init = saved["model_config"], init or saved["config"]["init"]
+    config, init = saved["model_config"] | RUNTIME, init or saved["config"]["init"]
     if out.suffix and out.suffix not in FILE_SUFFIXES and not out.is_dir():
         raise ValueError(
             f"{out}: expected a name that ends in {' or '.join(FILE_SUFFIXES)}, or one of a folder, without a dot"
@@ -117,8 +116,7 @@ def write(out: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     if out.suffix not in FILE_SUFFIXES:
         write_folder(out, state, config)
         return
-    sizes = replace(VGGTConfig.from_dict(config), heads=HEADS, head_chunk=VGGTConfig.head_chunk)
-    write_file(out, state, None if sizes == VGGTConfig() else config)  # the published sizes go without saying
+    write_file(out, state, None if preset_of(config) == PUBLISHED else config)  # the published sizes go without saying
 
 
 def trained_names(model_config: Mapping[str, Any], freeze_patterns: list[str]) -> set[str]:

@@ -46,7 +46,7 @@ from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
 from train.engine.streams import mixture_changes, new_streams, saved_streams, state_of
 from train.evaluation.history import compared_plan
 from train.evaluation.validation import Validator, scene_names
-from train.objective.matching import start_matching
+from train.objective.matching import matching_block, start_matching
 from train.report.logger import Reporter
 from train.runtime.distributed import World, fail, start_world
 from train.runtime.stop import STOP_SIGNALS, StopRequest
@@ -215,6 +215,8 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
     elif saved is None and config.loss.match > 0:
         start_matching(model)
     freeze(model, config.model.freeze)
+    if config.loss.match > 0 and not any(p.requires_grad for p in matching_block(model).parameters()):
+        raise ValueError("loss.match: teaches attention, but model.freeze keeps it as it is; set loss.match=0")
     if config.model.aggregator_dtype == "bf16":
         hold_in_bf16(model.aggregator)
     if saved is not None:

@@ -74,11 +74,11 @@ class Aggregator(nn.Module):
         cos, sin = rope_table(rows, columns, self.num_special, head_dim, self.config.rope_base, x.device)
         rope, scene_rope = (cos, sin), (cos.repeat(s, 1), sin.repeat(s, 1))
 
-        kept, keep_all = {}, not self.config.recompute
+        kept = {}
         for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
-            x = run_block(frame_block, x.reshape(b * s, p, dim), rope, keep=keep_all)
+            x = run_block(frame_block, x.reshape(b * s, p, dim), rope, again=self.config.recompute)
             frame = x
-            x = run_block(global_block, x.view(b, s * p, dim), scene_rope, keep=keep_all)
+            x = run_block(global_block, x.view(b, s * p, dim), scene_rope, again=self.config.recompute)
             if i in keep:
                 kept[i] = torch.cat([frame.view(b, s, p, dim), x.view(b, s, p, dim)], dim=-1)
         return kept

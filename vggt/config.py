@@ -77,6 +77,9 @@ class VGGTConfig:
             raise ValueError(f"not the configuration of a VGGT ({error})") from error
 
 
+# How it computes, not what: the defaults of what a checkpoint need not say.
+RUNTIME: dict[str, Any] = {"head_chunk": VGGTConfig.head_chunk, "recompute": VGGTConfig.recompute}
+
 # The smallest model of the same architecture: for tests, and the one the reference figures were made with.
 _TINY = {
     "image_size": 70,
@@ -134,6 +137,7 @@ _NANO = {
 }
 _PRESETS = {"1b": {}, "nano": _NANO, "demo": _DEMO, "tiny": _TINY}
 PRESETS = tuple(_PRESETS)
+PUBLISHED = PRESETS[0]
 
 
 def preset(
@@ -147,6 +151,5 @@ def preset(
 
 def preset_of(values: Mapping[str, Any]) -> str | None:
     """The name of the preset that a config.json's values are the sizes of; None if it is none. Raises ValueError."""
-    runtime = {"heads": HEADS, "head_chunk": 1, "recompute": True}  # no sizes
-    sizes = replace(VGGTConfig.from_dict(values), **runtime)
-    return next((name for name in PRESETS if sizes == replace(preset(name), **runtime)), None)
+    sizes = replace(VGGTConfig.from_dict(values), heads=HEADS, **RUNTIME)
+    return next((name for name in PRESETS if sizes == preset(name)), None)

@@ -20,10 +20,10 @@ def recompute(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def run_block(block: nn.Module, x: Tensor, *args: Any, keep: bool) -> Tensor:
-    """block(x, *args); unless `keep`, keeping only its input if anything in it needs a gradient. x: [B, N, dim]."""
+def run_block(block: nn.Module, x: Tensor, *args: Any, again: bool) -> Tensor:
+    """block(x, *args); if `again` and anything in it needs a gradient, keeping only its input. x: [B, N, dim]."""
     needs_graph = x.requires_grad or any(p.requires_grad for p in block.parameters())
-    return recompute(block, x, *args) if needs_graph and not keep else block(x, *args)
+    return recompute(block, x, *args) if needs_graph and again else block(x, *args)
 
 
 def map_frames(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], chunk: int | None) -> Tensor:

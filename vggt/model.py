@@ -63,7 +63,8 @@ class VGGT(nn.Module):
     def forward(
         self, images: Tensor, query_points: Tensor | None = None, *, matching: bool = False
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1], H and W multiples of 14; view 0 is the reference.
+        """Images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1]; view 0 is the reference. H and W are multiples of
+        the patch size, 14 (nano: 7).
 
         query_points: [B, N, 2] or [N, 2], points of view 0 to track, (x, y) in pixels, (0, 0) the first one's center.
 

@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
         x = x + self.position_embedding(height // self.patch_size, width // self.patch_size)
         x = torch.cat([x[:, :1], self.register_tokens.expand(n, -1, -1), x[:, 1:]], dim=1)
         for block in self.blocks:
-            x = run_block(block, x, keep=not self.recompute)
+            x = run_block(block, x, again=self.recompute)
         return self.norm(x)[:, 1 + self.num_registers :]
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:

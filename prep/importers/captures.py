@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from prep.importers.layouts import FORMATS, capture_folders, passed_over
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, Sequence, by_number
+from prep.importers.source import Capture, Frame, Intrinsics, Sequence, by_number
 from shards.index import sha256
 from shards.schema import SPLITS
 
 CATEGORY = "captures"
 FEW = 4  # with fewer captures none can be spared for testing
 TEST_FRACTION, TEST_TAIL = 0.1, 0.2
-IDENTIFYING = 1 << 16  # bytes of an image that tell it from others of its size
+IDENTIFYING = 1 << 15  # bytes at either end of an image's file that tell it from others of its size
 MAX_NAME = 200  # bytes
 
 
@@ -85,12 +86,7 @@ class Captures:
 
     def describe(self) -> dict[str, Any]:
         kinds = {
-            capture.name: {
-                "depth": capture.depth_kind,
-                "metric": capture.metric,
-                "digest": _digest(capture),
-                "bytes": _bytes(capture),  # changes if depths or images are repaired
-            }
+            capture.name: {"depth": capture.depth_kind, "metric": capture.metric, "digest": _digest(capture)}
             for capture in self.found
         }
         told = {"every": self.options.every, "intrinsics": self.options.intrinsics}
@@ -98,12 +94,18 @@ class Captures:
         return {"kind": "captures", "formats": sorted({*self.formats}), "captures": kinds} | told
 
     def identity(self, frame: Frame) -> str:
-        """By the file's size and beginning: the same photographs may lie in two captures."""
+        """By the file's size, beginning and end: the same photographs may lie in two captures."""
+        path = str(frame.image)
+        if self.tail is None and not self.split:  # nothing is tested on
+            return path
         try:
             with frame.image.open("rb") as file:
-                return f"{frame.image.stat().st_size} {hashlib.sha256(file.read(IDENTIFYING)).hexdigest()}"
+                begin = file.read(IDENTIFYING)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - IDENTIFYING))
+                return f"{size} {hashlib.sha256(begin + file.read()).hexdigest()}" if size else path
         except OSError:  # it will be reported when it is packed
-            return str(frame.image)
+            return path
 
     def sequences(self) -> Iterator[Sequence]:
         for split in SPLITS:
@@ -131,13 +133,6 @@ def _digest(capture: Capture) -> str:
     for path in [*capture.files, capture.frames[0].image]:
         digest.update((sha256(path) if path.is_file() else "").encode())
     return digest.hexdigest()
-
-
-def _bytes(capture: Capture) -> int:
-    """The sizes of all files that its frames are read from."""
-    depths = [frame.depth.path for frame in capture.frames if isinstance(frame.depth, DepthFile)]
-    paths = [frame.image for frame in capture.frames] + depths + [frame.mask for frame in capture.frames if frame.mask]
-    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _reduced(capture: Capture, options: CaptureOptions) -> Capture:

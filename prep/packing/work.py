@@ -133,17 +133,8 @@ def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
     ]
     if other:
         raise PackError(f"{out}: holds shards of other options ({', '.join(other)}); {advice}")
-    before, now = found["source"], wanted["source"]
-    if not any("bytes" in capture for capture in before.get("captures", {}).values()):  # packed by an older version
-        now = _but_bytes(now)
-    elif before != now and _but_bytes(before) == _but_bytes(now):
-        raise PackError(f"{out}: images or depths have changed since their shards were made; {advice}")
-    if before != now:
+    if found["source"] != wanted["source"]:
         raise PackError(f"{out}: holds shards of another dataset, or of more or fewer of its sequences; {advice}")
-
-
-def _but_bytes(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: _but_bytes(v) if isinstance(v, dict) else v for k, v in values.items() if k != "bytes"}
 
 
 def _read_record(path: Path) -> dict[str, Any]:

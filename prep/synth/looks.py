@@ -34,7 +34,7 @@ def make_texture(rng: np.random.Generator, size: int = 128) -> np.ndarray:
 
 
 def make_patchwork(rng: np.random.Generator, size: int = 128) -> np.ndarray:
-    """Colors of all kinds, at no two places the same: [size, size, 3] in 0..1."""
+    """Colors of all kinds, hardly the same at any two places of it: [size, size, 3] in 0..1."""
     texture = np.broadcast_to(f32(rng.uniform(0.15, 0.85, 3)), (size, size, 3)).copy()
     contrast = rng.uniform(0.1, 0.3)
     for cells in (2, 5, 11, 23):

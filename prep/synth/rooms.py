@@ -1,4 +1,4 @@
-"""Rendered captures of rooms and yards full of things, no two places of which look alike: to learn matching from."""
+"""Rendered captures of rooms and yards full of things, few places of which look alike: to learn matching from."""
 
 from __future__ import annotations
 

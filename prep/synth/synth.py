@@ -30,7 +30,7 @@ class Family:
     categories: tuple[str, ...]
     make_scene: Callable[[np.random.Generator, str], Scene]
     orbit: Orbit
-    held_out: Orbit
+    held_out_orbit: Orbit
 
 
 FAMILIES = {
@@ -38,19 +38,19 @@ FAMILIES = {
         categories=turntable.CATEGORIES,
         make_scene=turntable.make_scene,
         orbit=turntable.ORBIT,
-        held_out=turntable.ORBIT,
+        held_out_orbit=turntable.ORBIT,
     ),
     "walk": Family(
         categories=turntable.CATEGORIES,
         make_scene=turntable.make_scene,
         orbit=turntable.WALK,
-        held_out=turntable.WALK,
+        held_out_orbit=turntable.WALK,
     ),
     "rooms": Family(
         categories=rooms.CATEGORIES,
         make_scene=rooms.make_scene,
         orbit=rooms.ORBIT,
-        held_out=rooms.HELD_OUT_ORBIT,
+        held_out_orbit=rooms.HELD_OUT_ORBIT,
     ),
 }
 TEST_FRACTION = 8  # one scene in so many is held out
@@ -136,7 +136,7 @@ def write_scene(root: Path, index: int, options: SynthOptions) -> tuple[str, str
     for part in ("images", "depths", "depth_masks"):
         (folder / part).mkdir(parents=True)
     scene = family.make_scene(rng, category)
-    orbit = family.held_out if is_held_out(index) else family.orbit
+    orbit = family.held_out_orbit if is_held_out(index) else family.orbit
     sizes = landscape_and_portrait(options.short_side)
     annotations = []
     for i, camera in enumerate(make_orbit(rng, orbit, scene.unit, options.frames, sizes)):

@@ -41,6 +41,13 @@ def trained_width(source: str) -> int | None:
     return None if saved is None else data_config(saved["config"]["data"], source).width
 
 
+def began_from(source: str) -> list[str]:
+    """The `init` of the run that a checkpoint is of, if it says one and that is still there."""
+    saved = saved_run(source)
+    init = None if saved is None else saved["config"].get("init")
+    return [init] if init is not None and (init == NANO.name or Path(init).expanduser().exists()) else []
+
+
 def trained_before(source: str | None, expected: str | None = None) -> tuple[list[Part], list[str]]:
     """The splits that a checkpoint and the `init`s before it were trained on, and messages on what is unknown.
 

@@ -40,7 +40,7 @@ class OptimConfig:
         (), 'parts with another learning rate: [{names: "*camera_head*", factor: 0.1}]'
     )
     weight_decay: float = documented(
-        0.05, "AdamW's; never applied to norms, biases, scales, tokens and position embeddings"
+        0.05, "of AdamW and Muon; never applied to norms, biases, scales, tokens and position embeddings"
     )
     warmup: float = documented(
         0.05, "fraction of the steps during which the learning rate rises, before it follows a cosine"
@@ -48,7 +48,8 @@ class OptimConfig:
     clip: float = documented(1.0, "largest gradient norm of the aggregator and of each head")
 
     def __post_init__(self) -> None:
-        if min(self.lr, self.clip, self.muon_lr or 1) <= 0 or self.weight_decay < 0:
+        rates = [self.lr, self.clip] + ([] if self.muon_lr is None else [self.muon_lr])
+        if min(rates) <= 0 or self.weight_decay < 0:
             raise ValueError("lr, muon_lr and clip: expected more than 0; weight_decay: expected at least 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a fraction of the steps from 0 to below 1, found {self.warmup}")
@@ -103,6 +104,7 @@ class Optimizers:
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The moments; groups and their settings stay as they are."""
         first = 0
         for member in self.members:
             groups = member.state_dict()["param_groups"]
@@ -136,8 +138,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             muon.setdefault((decay, factor * config.muon_lr / config.lr), []).append(parameter)
         else:
             adamw.setdefault((decay, factor), []).append(parameter)
-    first = torch.optim.AdamW(_groups(adamw), lr=config.lr, fused=True)
-    return Optimizers(first, Muon(_groups(muon), lr=config.lr)) if muon else first
+    members: list[torch.optim.Optimizer] = []
+    if adamw:
+        members.append(torch.optim.AdamW(_groups(adamw), lr=config.lr, fused=True))
+    if muon:
+        members.append(Muon(_groups(muon), lr=config.lr))
+    return members[0] if len(members) == 1 else Optimizers(*members)
 
 
 def _groups(held: dict[tuple[float, float], list[nn.Parameter]]) -> list[dict[str, Any]]:

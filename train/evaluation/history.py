@@ -22,7 +22,7 @@ def compared_plan(data: DataConfig, digests: list[str]) -> dict[str, Any]:
     """What two validations must have in common to be of the same scenes. digests: of the shard sets they are in."""
     values = asdict(data)
     plan = {key: values[key] for key in ("val_split", "val_scenes", "val_views", "val_aspect", "width")}
-    return plan | ({"sets": digests} if len(digests) > 1 else {})  # a run's only set cannot be another on a resume
+    return plan | {"sets": digests}
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class ValidationHistory:
 
     def has(self, step: int, plan: dict[str, Any], names: list[str]) -> bool:
         """Whether these scenes were validated at a step."""
-        return any(line["step"] == step and _scenes(line) == (plan, names) for line in self.lines)
+        return any(line["step"] == step and _are_same(_scenes(line), (plan, names)) for line in self.lines)
 
     @property
     def comparable(self) -> list[Line]:
         """Those of the same scenes as the last: a resumed run may validate on others, or have other shard sets."""
         lines = self.lines
-        return [line for line in lines if _scenes(line) == _scenes(lines[-1])]
+        return [line for line in lines if _are_same(_scenes(line), _scenes(lines[-1]))]
 
     def best_step(self, metric: str, saved: Container[int] | None = None) -> int | None:
         """The step with the best mean of a metric, the first of equals; None if there is none.
@@ -68,6 +68,17 @@ class ValidationHistory:
         return min(found)[1] if found else None
 
 
-def _scenes(line: Line) -> tuple[dict[str, Any], list[str]]:
+Scenes = tuple[dict[str, Any], list[str]]
+
+
+def _scenes(line: Line) -> Scenes:
     """What a validation was of: the plan, and the names of the scenes."""
     return line["plan"], [scene["scene"] for scene in line["scenes"]]
+
+
+def _are_same(a: Scenes, b: Scenes) -> bool:
+    """A plan that does not say of which shard sets it is, as in older runs, fits all."""
+    sets = [plan.get("sets") for plan, _ in (a, b)]
+    same_sets = None in sets or sets[0] == sets[1]
+    plans = [{key: value for key, value in plan.items() if key != "sets"} for plan, _ in (a, b)]
+    return same_sets and plans[0] == plans[1] and a[1] == b[1]

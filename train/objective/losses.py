@@ -38,7 +38,7 @@ class LossConfig:
     depth: float = documented(1.0, "weight of the depth loss; 0: no depth head")
     point: float = documented(0.0, "weight of the point map loss; 0: no point head")
     match: float = documented(
-        0.0, "weight of the loss that teaches attention to match, to learn cameras from scratch; 0: none"
+        0.0, "weight of the loss that teaches attention to match, for small models from scratch; 0: none"
     )
     camera_norm: Literal["l1", "l2"] = documented("l1", "norm of the camera errors: l1 or l2")
     depth_gradient: Literal["grad", "grad_conf", "normal"] = documented(

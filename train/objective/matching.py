@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.objective.targets import Batch
 from vggt import VGGT
-from vggt.aggregator import MATCHING_HEADS
+from vggt.aggregator import MATCHING_HEADS, MATCHING_PAIR
 from vggt.geometry import invert_se3, transform_points, unproject
 from vggt.layers import Attention, LayerScale
 
@@ -37,6 +37,11 @@ def start_matching(model: VGGT) -> None:
     vit.pos_embed[:, 1:] = waves(vit.stored_grid, dim)
 
 
+def matching_block(model: VGGT) -> nn.Module:
+    """The block whose attention the loss is on."""
+    return model.aggregator.global_blocks[MATCHING_PAIR]
+
+
 def waves(side: int, dim: int) -> Tensor:
     """Codes of the places of a square of patches, sines and cosines of row and column: [1, side * side, dim]."""
     place = (torch.arange(side) + 0.5) / side * math.pi
@@ -52,7 +57,7 @@ def match_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of the attention from each patch of a view to another view's patches with its true place there.
 
     logits [B, heads, S * N, S * N] of N patches a view. Summed over the pixels of patches whose center is seen in that
-    other view: at most as many as there are valid pixels, times the other views.
+    other view: about as many as there are valid pixels, times the other views.
     """
     b, s, height, width = batch["mask"].shape
     n = logits.shape[-1] // s

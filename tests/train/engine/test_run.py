@@ -134,11 +134,25 @@ def test_the_best_is_found_over_the_scenes_that_all_validations_have(tmp_path):
     """A scene that cannot be read any more would change the mean."""
     easy, hard = {"scene": "a", "depth_abs_rel": 0.2}, {"scene": "b", "depth_abs_rel": 0.9}
     worse = {"scene": "a", "depth_abs_rel": 0.3}
-    lines = [{"step": 1, "plan": 0, "scenes": [easy, hard]}, {"step": 2, "plan": 0, "scenes": [worse, {"scene": "b"}]}]
+    lines = [
+        {"step": 1, "plan": {}, "scenes": [easy, hard]},
+        {"step": 2, "plan": {}, "scenes": [worse, {"scene": "b"}]},
+    ]
     history = ValidationHistory(tmp_path)
-    for line in [*lines, {"step": 3, "plan": 0, "scenes": [{"scene": "a"}, {"scene": "b"}]}]:
+    for line in [*lines, {"step": 3, "plan": {}, "scenes": [{"scene": "a"}, {"scene": "b"}]}]:
         append_line(tmp_path / VALIDATION_FILE, line)
         assert history.best_step("depth_abs_rel") == 1
+
+
+def test_validations_on_other_sets_with_scenes_of_the_same_names_are_not_compared(tmp_path):
+    """Those of runs that did not yet say on which sets are."""
+    scenes = [{"scene": "a", "depth_abs_rel": 0.2}]
+    history = ValidationHistory(tmp_path)
+    for step, plan in enumerate(({"sets": ["one"]}, {}, {"sets": ["other"]})):
+        append_line(tmp_path / VALIDATION_FILE, {"step": step, "plan": plan, "scenes": scenes})
+    assert [line["step"] for line in history.comparable] == [1, 2]
+    assert history.has(0, {"sets": ["one"]}, ["a"])
+    assert not history.has(0, {"sets": ["other"]}, ["a"])
 
 
 @pytest.mark.slow
