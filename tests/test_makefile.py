@@ -92,9 +92,8 @@ def test_the_demo_is_told_from_other_shards_through_links(make, tmp_path):
 
 
 def test_clean_removes_the_demo_and_nothing_of_yours(make, tmp_path):
-    mine = [
-        tmp_path / "data/demo" / name for name in ("dataset.json", "captures/kitchen/a.json", "shards/dataset.json")
-    ]
+    demo = tmp_path / "data/demo"
+    mine = [demo / name for name in ("dataset.json", "captures/kitchen/a.json", "shards/dataset.json")]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
