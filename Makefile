@@ -42,7 +42,7 @@ help:
 	@echo "make test        all tests except the slow ones;  make test-slow: those;  make check: lint and types"
 	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
 	@echo "make proof       that it learns: rendered scenes it has not seen, and overfitting one scene: 15 minutes"
-	@echo "make nano        make vggt-nano, which comes with the project, from nothing: a day on two cores, an hour on a GPU"
+	@echo "make nano        make vggt-nano, which comes with the project, from nothing: a night on two cores, minutes on a GPU"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
 	@echo "CAPTURES=             folders of your captures: COLMAP, nerfstudio, TUM RGB-D, ... (docs/CAPTURES.md)"
