@@ -451,7 +451,7 @@ def test_heic_images_are_read_and_damaged_ones_named(views, tmp_path):
 
 def test_a_short_capture_is_tested_on_as_many_frames_as_a_sequence_needs(views, tmp_path):
     WRITERS["frames"](tmp_path / "capture", views * 2)
-    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", "--trust")
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", "--trust", "--allow-shared-frames")
     assert done.returncode == 0, done.stderr
     assert sorted(shards.open(tmp_path / "set").sequences["count"]) == [5, 11]  # a fifth would be 3
 
@@ -464,7 +464,7 @@ def test_splits_are_by_capture_or_by_the_end_of_each(views, tmp_path):
         (("--test", "a", "--test", "d"), {"a", "d"}),
         (("--test-fraction", 0.4), {"b", "d"}),
     ):
-        done = vggt_prep("pack", tmp_path / "all", "--out", tmp_path / "set", *options)
+        done = vggt_prep("pack", tmp_path / "all", "--out", tmp_path / "set", "--allow-shared-frames", *options)
         assert done.returncode == 0, done.stderr
         rows = shards.open(tmp_path / "set").sequences
         assert {row["name"].decode() for row in rows if row["split"] == b"test"} == test
