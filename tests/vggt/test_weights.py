@@ -195,7 +195,7 @@ def test_truncated_files_are_refused_by_name(weights, tmp_path, write):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (
+        ("absent.pt", "absent.pt: no such file; expected a .pt or .safetensors file, a folder with one, nano"),
             "absent.pt",
             "absent.pt: no such file; expected a .pt or .safetensors file, a folder with one, nano, or a name",
         ),
