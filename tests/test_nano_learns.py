@@ -14,7 +14,7 @@ TRAIN, TEST = 20, 40
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])  # 1 gives the same verdict
 def test_fine_tuning_nano_on_20_new_sequences_improves_cameras_and_depth_on_others(tmp_path, seed):
     options = SynthOptions(frames=24, seed=100 + seed, family="walk", short_side=70)
     numbers = range(8 * TEST)

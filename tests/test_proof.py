@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -23,16 +22,19 @@ def test_ten_views_of_a_real_capture_are_learned_by_heart(co3d_mini, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "steps"), [((), 60), (("--scratch",), 200)])
-def test_proof_goes_from_scenes_to_a_verdict(tmp_path, start, steps):
+def test_proof_goes_from_scenes_to_a_verdict(tmp_path):
     out = tmp_path / "proof"
-    command = ("bench/proof.py", "heldout", "--out", out, "--scenes", 64, "--steps", steps, *start)
-    done = run_command("python", *command, timeout=900)
-    assert done.returncode in (0, 1), done.stderr
-    results = json.loads((out / "report" / "results.json").read_text())
-    gains = {c["metric"]: c["gain"] for c in results["against_baseline"] if "latest" in c["after"]}
-    assert gains["depth_abs_rel"] == 1, gains
-    assert re.search(r"reached: baseline: .* -> trained, depth error", done.stdout)
+    done = run_command("python", "bench/proof.py", "heldout", "--out", out, "--scenes", 64, "--steps", 60, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"reached: baseline: .* -> trained, (\w+ \w+)", done.stdout) == [
+        *("pose AUC", "camera rotation", "camera direction", "depth error")
+    ]
     assert "During training" in (out / "report" / "report.html").read_text()
-    if not start:
-        assert done.returncode == 0, done.stdout  # the cameras, too
+
+
+@pytest.mark.slow
+def test_proof_from_scratch_says_that_too_few_steps_reach_nothing(tmp_path):
+    command = ("bench/proof.py", "heldout", "--out", tmp_path / "proof", "--scratch", "--scenes", 16, "--steps", 5)
+    done = run_command("python", *command, timeout=900)
+    assert done.returncode == 1, done.stderr
+    assert "NOT REACHED: baseline: " in done.stdout
