@@ -90,16 +90,8 @@ def heldout(out: Path, plan: Plan) -> bool:
     began = time.monotonic()
     rendered = ("--scenes", plan.scenes, "--frames", FRAMES, "--family", plan.family, "--short-side", 150, "--seed", 1)
     call("vggt-prep", "synth", "--out", captures, *rendered)
-    call(
-        "vggt-prep",
-        "pack",
-        "--co3d-dir",
-        captures / "co3d",
-        "--annotation-dir",
-        captures / "annotations",
-        "--out",
-        packed,
-    )
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
+    call("vggt-prep", "pack", *source, "--out", packed)
     overrides = (f"data.shards={packed}", f"out_dir={run}", f"max_steps={plan.steps}")
     config = load_config(plan.config, list(overrides))
     start = config.init or untrained(out / "untrained", config)

@@ -117,23 +117,15 @@ _DEMO = {
     "track_radius": 3,
 }
 # Small enough for a laptop, large enough to know cameras: the weights come with the project.
-_NANO = {
+_NANO = _DEMO | {
     "patch_size": 7,
     "image_size": 56,
     "embed_dim": 160,
-    "vit_depth": 4,
     "vit_heads": 5,
     "depth": 5,
     "num_heads": 5,
-    "camera_depth": 2,
     "camera_heads": 5,
     "dense_layers": (0, 1, 2, 4),
-    "dense_features": 32,
-    "dense_channels": (32, 64, 96, 128),
-    "track_features": 32,
-    "track_hidden": 96,
-    "track_levels": 4,
-    "track_radius": 3,
 }
 _PRESETS = {"1b": {}, "nano": _NANO, "demo": _DEMO, "tiny": _TINY}
 PRESETS = tuple(_PRESETS)
