@@ -185,8 +185,18 @@ def run_of(source: str) -> Path | None:
 
 
 def probe(out: Path) -> None:
-    """Make the folder of the results and try to write there: better now than when all is computed. Raises OSError."""
+    """Make the folder of the results and try to write there: better now than when all is computed.
+
+    Raises OSError, and ValueError if files of these names are the user's own.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    if (out / RESULTS_FILE).exists() or (out / PAGE_FILE).exists():
+        try:
+            json.loads((out / RESULTS_FILE).read_bytes())["checkpoints"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{out}: holds a {RESULTS_FILE} or {PAGE_FILE} that is of no evaluation; give another --out"
+            ) from error
     with atomic_file(out / f".{RESULTS_FILE}") as file:
         file.write(b"{}")
     (out / f".{RESULTS_FILE}").unlink()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prep.importers.source import Sequence, Source
+from prep.importers.source import DepthFile, Sequence, Source
 from prep.packing.frames import FrameOptions
 from shards.schema import SPLITS
 
@@ -44,6 +44,19 @@ class ShardJob:
     @property
     def sequences(self) -> list[Sequence]:
         return pickle.loads(zlib.decompress(self.content))  # of this process, or of the one that made it for a worker
+
+    def file_digest(self) -> str:
+        """What tells the files of its frames from those that replace them later: sizes and times, not contents."""
+        digest = hashlib.sha256()
+        for frame in (frame for sequence in self.sequences for frame in sequence.frames):
+            depth = frame.depth.path if isinstance(frame.depth, DepthFile) else None
+            for path in (frame.image, depth, frame.mask):
+                try:
+                    found = None if path is None else path.stat()
+                except OSError:
+                    found = None
+                digest.update(b"-" if found is None else f"{found.st_size} {found.st_mtime_ns},".encode())
+        return digest.hexdigest()
 
 
 def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -> tuple[list[ShardJob], int]:

@@ -44,15 +44,17 @@ def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> Sh
     _check_stamp(out, stamp)
     cv2.setNumThreads(1)  # there is a worker a core
     tar, record, index = out / f"{job.name}.tar", record_file(out, job.name), None
+    made_of = job.file_digest()  # before they are read: they may be replaced meanwhile
     known = json.loads(record.read_bytes()) if record.is_file() else None
     if known is not None and known["index"] and tar.is_file() and known["index"]["sha256"] == sha256(tar):
         report, made = {key: known[key] for key in NOTHING_TO_REPORT}, True
+        made_of = known.get("made_of")
     else:
         report, made = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
     if made:
         indexed = index_file(tar, out / WORK_FOLDER)
         index = {"size": indexed.size, "sha256": indexed.sha256, "sequences": indexed.sequences}
-    write_json(record, {"index": index} | report)
+    write_json(record, {"index": index, "made_of": made_of} | report)
     return ShardDone(frames=job.frames, bytes=index["size"] if index else 0, bad=len(report["bad"]))
 
 

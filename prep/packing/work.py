@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,25 @@ JOB_FILE = "job.json"
 
 
 def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, int]:
-    """The finished shards, and how many bad frames each has.
+    """The finished shards whose files are still as they were, and how many bad frames each has.
 
     If there are too many bad frames, shards with any are repacked: the dataset may have been repaired since.
     """
-    kept = {entry.name: len(_report(out, entry.name)["bad"]) for entry in plan if is_done(out, entry.name)}
-    if sum(kept.values()) <= most_bad:
-        return kept
-    for name in [name for name, bad in kept.items() if bad]:
-        del kept[name]
+    done = [job for job in plan if is_done(out, job.name)]
+    with ThreadPoolExecutor(32) as pool:  # a network file system answers slowly, but many at once
+        changed = {job.name for job, same in zip(done, pool.map(lambda job: _is_same(out, job), done)) if not same}
+    bad = {job.name: len(_report(out, job.name)["bad"]) for job in done}
+    too_many = sum(count for name, count in bad.items() if name not in changed) > most_bad
+    kept = {name: count for name, count in bad.items() if name not in changed and not (too_many and count)}
+    for name in bad.keys() - kept.keys():
         record_file(out, name).unlink()  # now: a kill must not bring it back
     return kept
+
+
+def _is_same(out: Path, job: ShardJob) -> bool:
+    """Whether the files of a shard are those it was made of; True if its record does not say."""
+    made_of = _report(out, job.name).get("made_of")
+    return made_of is None or made_of == job.file_digest()
 
 
 def reopen(out: Path) -> None:

@@ -381,6 +381,24 @@ def test_a_repaired_dataset_packs_where_it_failed(editable, tmp_path):
     assert len(shards.open(tmp_path / "out").frames) == 192
 
 
+def test_a_file_replaced_between_two_parts_of_a_pack_is_in_the_set_as_it_is_now(editable, tmp_path):
+    """A shard of the first part may hold what the file was before."""
+    images = sorted((editable / "co3d").glob("*/*/images/frame000003.jpg"))
+    whole = images[0].read_bytes()
+    images[0].write_bytes(whole[:3000])
+    command = ("pack", *source_options(editable), "--max-bad", 0, "--shard-frames", 60)
+    assert vggt_prep(*command, "--out", tmp_path / "out").returncode == 1
+    finished = [json.loads(path.read_bytes()) for path in (tmp_path / "out" / ".pack").glob("train-*.json")]
+    assert any(not record["bad"] for record in finished)
+    images[0].write_bytes(whole)
+    for image in images[1:]:
+        shutil.copy(image.with_name("frame000004.jpg"), image)
+    for out in ("out", "fresh"):
+        done = vggt_prep(*command, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
 def test_packing_again_does_nothing_and_another_way_is_refused(captures, shard_dir, tmp_path):
     shutil.copytree(shard_dir, tmp_path / "set")
     options = ("--short-side", 150, "--shard-frames", 60)

@@ -54,6 +54,15 @@ def test_torchrun_gives_the_numbers_of_one_process(results, shard_dir, exported,
             assert found["checkpoints"][label]["metrics"][name][part] == pytest.approx(expected[part], abs=1e-4), name
 
 
+@pytest.mark.parametrize("name", ["results.json", "report.html"])
+def test_files_of_the_users_own_are_not_replaced(shard_dir, exported, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(SystemExit):
+        evaluate_here(shard_dir, exported, tmp_path)
+    assert "is of no evaluation; give another --out" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "{}"
+
+
 @pytest.mark.slow
 def test_trained_beats_untrained_side_by_side_with_intervals(shard_dir, tmp_path, capsys):
     done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=30", "checkpoint.every=29", "val_every=15")
