@@ -28,7 +28,8 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     """
     done = [job for job in plan if is_done(out, job.name)]
     with ThreadPoolExecutor(32) as pool:  # a network file system answers slowly, but many at once
-        changed = {job.name for job, same in zip(done, pool.map(lambda job: _is_same(out, job), done), strict=False) if not same}
+        same = list(pool.map(lambda job: _is_same(out, job), done))
+    changed = {job.name for job, is_same in zip(done, same, strict=True) if not is_same}
     bad = {job.name: len(_report(out, job.name)["bad"]) for job in done}
     too_many = sum(count for name, count in bad.items() if name not in changed) > most_bad
     kept = {name: count for name, count in bad.items() if name not in changed and not (too_many and count)}
