@@ -2,8 +2,9 @@
 
     python -m train.export runs/finetune/checkpoints/latest --out vggt-mine.pt
 
-The tensors that the run trained replace those of its `init`; all others, the heads it did not build included, stay as
-they are there, to the byte. Names, shapes and types are those of `init`: where it loads, the result does.
+The tensors that the run trained replace those of its `init`, and adapters (model.lora) are added to the weights that
+they correct; all others, the heads it did not build included, stay as they are there, to the byte. Names, shapes and
+types are those of `init`: where it loads, the result does.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from vggt import VGGT, VGGTConfig
 from vggt.config import PUBLISHED, RUNTIME, preset_of
 from vggt.damage import damage
 from vggt.weights import (
+    ADAPTERS_KEY,
     FILE_SUFFIXES,
     WEIGHT_FILES,
     fingerprint,
     heads_in,
     read_checkpoint,
+    with_base,
     write_file,
     write_folder,
 )
@@ -74,7 +77,7 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         raise ValueError(f"{checkpoint}: not a checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
     if init is not None and saved["config"]["init"] is None:
         raise ValueError(f"--init: {checkpoint} is of a run from scratch, which started from nothing")
-    config, init = saved["model_config"] | RUNTIME, init or saved["config"]["init"]
+    config, given, init = saved["model_config"] | RUNTIME, init, init or saved["config"]["init"]
     if out.suffix and out.suffix not in FILE_SUFFIXES and not out.is_dir():
         raise ValueError(
             f"{out}: expected a name that ends in {' or '.join(FILE_SUFFIXES)}, or one of a folder, without a dot"
@@ -86,6 +89,12 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
     folder = out.absolute().parent.resolve()
     if folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).exists():
         raise ValueError(f"{out}: is among the checkpoints of a run, which is resumed from them; give another --out")
+    if ADAPTERS_KEY in saved:
+        try:
+            state = with_base(checkpoint, saved["model"], saved[ADAPTERS_KEY], given)
+        except ValueError as error:
+            raise ValueError(f"{error}; give the one that it began from as --init") from error
+        return state, config | {"heads": list(heads_in(state))}, len(saved["model"])
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:
         return saved["model"], config, len(trained)

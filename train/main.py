@@ -24,6 +24,7 @@ from train.config import list_keys, load_config
 from train.data.plan import TrainingPlan
 from train.data.split import Split
 from train.data.workers import worker_count
+from train.engine.adapters import attach, checked_fingerprint, load_weights, refuse_adapters
 from train.engine.checkpoint import steps_saved
 from train.engine.describe import describe_run, describe_start
 from train.engine.folder import (
@@ -54,7 +55,7 @@ from vggt import VGGT, preset
 from vggt.config import preset_of
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
-from vggt.weights import fill, fingerprint, read_checkpoint
+from vggt.weights import fill, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -196,32 +197,44 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
 
 
 def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) -> tuple[VGGT, str | None]:
-    """The run's model, with the weights of its checkpoint, of `init`, or random; and the fingerprint of `init`."""
+    """The run's model, with the weights of its checkpoint, of `init`, or random; and the fingerprint of `init`.
+
+    A checkpoint of adapters holds just what was trained: the rest comes from `init` again.
+    """
     torch.manual_seed(config.seed)
-    chosen, state = config.model, None
-    if config.init is not None and saved is None:
-        state, found = read_checkpoint(config.init)
-        sizes = preset_of(found) if found else None
-        if sizes not in (None, chosen.preset):
-            what = f"{chosen.preset}, but {config.init} has the sizes of {sizes}"
-            raise ValueError(f"model.preset: {what}; set model.preset={sizes}")
+    chosen = config.model
     model = VGGT(
         preset(chosen.preset, heads=config.loss.heads, head_chunk=chosen.head_chunk, recompute=chosen.recompute)
     )
     init_fingerprint = None if saved is None else saved.get("init_fingerprint")
-    if state is not None:
-        fill(model, state, str(config.init))
-        init_fingerprint = fingerprint(state) if world.is_main else None  # which alone writes it down
+    if config.init is not None and (saved is None or chosen.lora is not None):
+        init_fingerprint = begin_from(config.init, model, chosen.preset, init_fingerprint, world)
     elif saved is None and config.loss.match > 0:
         start_matching(model)
-    freeze(model, config.model.freeze)
+    freeze(model, chosen.freeze)
     if config.loss.match > 0 and not any(p.requires_grad for p in matching_block(model).parameters()):
         raise ValueError("loss.match: teaches attention, but model.freeze keeps it as it is; set loss.match=0")
-    if config.model.aggregator_dtype == "bf16":
+    if chosen.aggregator_dtype == "bf16":
         hold_in_bf16(model.aggregator)
+    if chosen.lora is not None:
+        attach(model, chosen.lora)
     if saved is not None:
-        model.load_state_dict(saved["model"])
+        load_weights(model, chosen, saved["model"])
     return model, init_fingerprint
+
+
+def begin_from(init: str, model: VGGT, name: str, expected: str | None, world: World) -> str:
+    """Fill the model from `init`, and return its fingerprint. Raises ValueError if it does not fit.
+
+    name: of the model's preset; expected: the fingerprint that it must have, if known.
+    """
+    refuse_adapters(init)
+    state, found = read_checkpoint(init)
+    sizes = preset_of(found) if found else None
+    if sizes not in (None, name):
+        raise ValueError(f"model.preset: {name}, but {init} has the sizes of {sizes}; set model.preset={sizes}")
+    fill(model, state, init)
+    return world.from_main(lambda: checked_fingerprint(state, init, expected))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from vggt.config import HEADS, VGGTConfig
 from vggt.damage import damage
+from vggt.lora import merge
 
 WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that is there
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "model_config"  # in a file
+ADAPTERS_KEY = "adapters"  # in a file that holds only what was trained: init (where the rest is), fingerprint, scale
 FILE_SUFFIXES = (".pt", ".safetensors")
 NANO = Path(__file__).with_name("nano")  # the folder of vggt-nano, which comes with the package
 
@@ -33,7 +35,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     """Names and tensors, and the model's configuration, or {} if the checkpoint has none.
 
     source: see VGGT.from_pretrained. A .pt holds the tensors themselves, or {"model": tensors} and, if it is one
-    of the trainer's, "model_config". Raises ValueError saying what is wrong with `source`.
+    of the trainer's, "model_config". Adapters (model.lora) come merged into what they were trained on, which must still
+    be where it was. Raises ValueError saying what is wrong with `source`.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -64,7 +67,26 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     is_state = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not is_state or not isinstance(config, dict):
         raise ValueError(f"{path}: expected names and tensors, or {{'model': names and tensors}}")
-    return state, config
+    adapters = content.get(ADAPTERS_KEY)
+    return (with_base(path, state, adapters) if isinstance(adapters, dict) else state), config
+
+
+def with_base(
+    path: Path, trained: Mapping[str, Tensor], adapters: Mapping[str, Any], init: str | None = None
+) -> dict[str, Tensor]:
+    """What the checkpoint at `path` trained, merged into what it began from. init: where that is now.
+
+    Raises ValueError if that is not there, or another one.
+    """
+    place = init or str(adapters["init"])
+    what = f"{path}: holds adapters, and the heads that were trained with them, to be merged into {place}"
+    try:
+        base, _ = read_checkpoint(place)
+    except ValueError as error:
+        raise ValueError(f"{what}, which cannot be read: {error}") from error
+    if fingerprint(base) != adapters["fingerprint"]:
+        raise ValueError(f"{what}, which is not the checkpoint that it began from")
+    return merge(base, trained, adapters["scale"])
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -56,12 +56,14 @@ def describe_start(
 
 
 def _parts(model: VGGT) -> str:
-    """The parameters of each module, in millions."""
+    """The parameters of each module, in millions, and how many of them train."""
     parts = []
     for name, module in model.named_children():
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in module.parameters()) - trained
-        parts.append(f"{name} {(trained or frozen) / 1e6:.1f} M{'' if trained else ' (frozen)'}")
+        trained, total = (
+            sum(p.numel() for p in module.parameters() if p.requires_grad or not only) / 1e6 for only in (True, False)
+        )
+        some = f", {trained:.2f} M of them trained"
+        parts.append(f"{name} {total:.1f} M" + ("" if trained == total else some if trained else " (frozen)"))
     return ", ".join(parts)
 
 

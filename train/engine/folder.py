@@ -98,9 +98,10 @@ def check_same_settings(settings: dict[str, Any], config: TrainConfig) -> None:
     """Raises ValueError if a setting of the run in out_dir is different now and makes it another run."""
     defaults = flatten(to_dict(TrainConfig(init=config.init or "none")))
     now, before = flatten(to_dict(config)), defaults | flatten(settings)  # they may be older than a key
-    changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+    keys = [*now, *(key for key in before if key.rpartition(".")[0] in now)]  # of a section that is null now
+    changed = [key for key in keys if key not in MAY_CHANGE and now.get(key) != before.get(key)]
     if changed:
-        was, what = (", ".join(f"{key}={values[key]!r}" for key in changed) for values in (before, now))
+        was, what = (", ".join(f"{key}={values.get(key)!r}" for key in changed) for values in (before, now))
         raise ValueError(f"{config.out_dir}: was trained with {was}, now it is {what}; {_elsewhere(config)}")
 
 

@@ -14,6 +14,7 @@ from train.data.loader import NoDataError, next_batch, stream
 from train.data.plan import DataState, TrainingPlan
 from train.data.scenes import blank_batch
 from train.data.split import Split
+from train.engine.adapters import adapters_content, saved_weights
 from train.engine.checkpoint import mark_best, save, steps_saved
 from train.engine.folder import REQUEUE_FILE
 from train.engine.memory import explain_oom, peak_gb
@@ -196,7 +197,8 @@ class Run:
         """
         world, folder = self.world, self.out_dir / "checkpoints"
         if state.step and not world.from_main(lambda: state.step in steps_saved(folder)):
-            weights, moments = (full_state_dict(part.state_dict(), world) for part in (self.model, self.optimizer))
+            parts = saved_weights(self.model, self.config.model), self.optimizer.state_dict()
+            weights, moments = (full_state_dict(part, world) for part in parts)
             if world.is_main:
                 shard_sets = self.train_split.shard_sets
                 content = {
@@ -208,7 +210,7 @@ class Run:
                     "config": to_dict(self.config),
                     "init_fingerprint": self.init_fingerprint,
                     "shards": [shard_set.digest for shard_set in shard_sets],
-                }
+                } | adapters_content(self.config.model, self.config.init, self.init_fingerprint)
                 save(folder, state.step, content, self.config.checkpoint)
             world.barrier()
         if stopped and world.is_main:

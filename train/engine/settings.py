@@ -23,9 +23,31 @@ from vggt.config import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """names: patterns of frozen linear layers; rank of what they learn, which counts alpha / rank times."""
+
+    names: tuple[str, ...]
+    rank: int = 16
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("names: expected patterns of linear layers, found none")
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"rank: expected at least 1, found {self.rank}; alpha: more than 0, found {self.alpha}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     preset: str = documented("1b", "size of the model: 1b (published), nano, demo or tiny")
     freeze: tuple[str, ...] = documented(("*aggregator*",), "parameters that do not train, as patterns of their names")
+    lora: LoraConfig | None = documented(
+        None, 'adapters for frozen linear layers: {names: ["*aggregator*attn.qkv"], rank: 16, alpha: 16}; null: none'
+    )
     head_chunk: int | None = documented(
         1, "frames that go through a dense head at a time: fewer need less memory; null: all"
     )
@@ -101,6 +123,10 @@ class TrainConfig:
                 f"init: not given, but model.freeze={list(self.model.freeze)} keeps weights as they are, and random "
                 "ones teach nobody anything; give init=... (a checkpoint), or model.freeze=[]"
             )
+        if self.model.lora is not None and self.init is None:
+            raise ValueError("model.lora: corrects weights that are there already; give init=... (a checkpoint)")
+        if self.model.lora is not None and self.loss.match > 0:
+            raise ValueError("loss.match: is for whole models from scratch, and model.lora for adapters; leave one out")
         if self.strategy == "fsdp" and (self.optim.muon_lr is not None or self.loss.match > 0):
             raise ValueError(
                 "strategy: fsdp holds parts of matrices, but optim.muon_lr and loss.match need them whole; use ddp"
