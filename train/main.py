@@ -45,6 +45,7 @@ from train.engine.parallel import distribute, load_optimizer
 from train.engine.run import Run
 from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
 from train.engine.streams import mixture_changes, new_streams, saved_streams, state_of
+from train.evaluation.bootstrap import MIN_SCENES
 from train.evaluation.history import compared_plan
 from train.evaluation.validation import Validator, scene_names
 from train.objective.matching import matching_block, start_matching
@@ -104,6 +105,11 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         config = with_init_of(config, saved["config"].get("init"))
         changes = mixture_changes(shard_sets, config.data.sources, saved)
     validated = world.from_main(partial(what_is_validated, config, train_split, val_split, saved))
+    if config.guard == "stop" and (validated is None or validated.tested < MIN_SCENES):
+        raise ValueError(
+            f"guard: stop needs at least {MIN_SCENES} sequences to validate on, to tell harm from noise, and there are "
+            f"{0 if validated is None else validated.tested}; set guard=warn, or test on more"
+        )
 
     # Model, optimizer, plan
     model, init_fingerprint = make_model(config, saved, world)
@@ -183,16 +189,18 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         stop=stop,
     )
     with reporter:
-        stopped = work.train(state)
+        ending = work.train(state)
 
     # Summary
     if not world.is_main:
         return
-    if stopped and steps_saved(out_dir / "checkpoints"):
+    if ending == "stopped" and steps_saved(out_dir / "checkpoints"):
         reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command resumes from there")
-    elif stopped:
+    elif ending == "stopped":
         reporter.say("stopped before the first step; the same command starts it again")
     else:
+        if ending == "harmful":
+            reporter.say("ended by guard=stop: the same metric was worse than at first in two validations in a row")
         reporter.say(describe_run(config, out_dir, validated))
 
 

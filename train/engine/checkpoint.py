@@ -30,8 +30,10 @@ class CheckpointConfig:
     every: int = documented(400, "steps between checkpoints")
     keep: int = documented(2, "number of newest checkpoints to keep")
     milestone: int | None = documented(None, "steps whose multiples are kept for good; null: none")
-    best: str = documented(
-        "loss_objective", "validation metric that chooses checkpoints/best, such as auc_30 or depth_abs_rel"
+    best: str | tuple[str, ...] = documented(
+        "loss_objective",
+        "validation metric that chooses checkpoints/best; or several, [auc_30, depth_abs_rel]: their mean relative "
+        "change, and no headline metric worse beyond the noise",
     )
 
     def __post_init__(self) -> None:

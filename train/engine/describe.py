@@ -9,8 +9,9 @@ from pathlib import Path
 from shards.splits import SharedPlaces
 from train.data.plan import scenes_per_rank
 from train.data.split import Split
-from train.engine.checkpoint import BEST, step_file
+from train.engine.checkpoint import BEST, LATEST, step_file
 from train.engine.settings import TrainConfig
+from train.evaluation.bootstrap import MIN_SCENES
 from train.evaluation.comparison import compare
 from train.evaluation.history import ValidationHistory
 from train.objective.losses import OBJECTIVE
@@ -21,6 +22,8 @@ from train.runtime.distributed import World
 from train.runtime.jsonl import read_jsonl
 from vggt.model import VGGT
 from vggt.weights import NANO
+
+FEW_SEQUENCES = 500  # to train on, for which adapters are advised
 
 
 def describe_start(
@@ -49,10 +52,33 @@ def describe_start(
         f"{count(workers, 'loader worker')} each",
         f"a step takes {', or '.join(steps)} a process, at most {config.max_img_per_gpu * world.size} images in all, "
         f"in {count(config.accum_steps, 'chunk')}; its shape is drawn again for each step",
-        f"{config.total_steps:,} steps, validation every {config.val_every:,}, checkpoint every "
+        f"{config.total_steps:,} steps, validation every {config.val_every:,}{_early(config)}, checkpoint every "
         f"{config.checkpoint.every:,}; everything goes to {config.out_dir}",
+        *_advice(config, train, validated),
     ]
     return "\n".join(lines)
+
+
+def _early(config: TrainConfig) -> str:
+    steps = [str(step) for step in config.val_at if step < config.total_steps and step % config.val_every]
+    return f" and at {' and '.join(steps)}" if steps else ""
+
+
+def _advice(config: TrainConfig, train: Split, validated: SharedPlaces | None) -> list[str]:
+    """What may spoil the run, and is easily mended now."""
+    lines = []
+    sequences = sum(map(len, train.lengths))
+    if config.init not in (None, NANO.name) and config.model.lora is None and sequences < FEW_SEQUENCES:
+        lines.append(
+            f"{count(sequences, 'sequence')} to train on: for fewer than {FEW_SEQUENCES}, adapters do less harm "
+            "(RECIPE=lora of make, or --config train/configs/lora.yaml; docs/TRAINING.md)"
+        )
+    tested = 0 if validated is None else validated.tested
+    if config.guard != "off" and tested < MIN_SCENES:
+        lines.append(
+            f"guard: {count(tested, 'sequence')} to validate on cannot tell harm from noise, {MIN_SCENES} are the least"
+        )
+    return lines
 
 
 def _parts(model: VGGT) -> str:
@@ -99,8 +125,7 @@ def describe_run(config: TrainConfig, out_dir: Path, validated: SharedPlaces | N
         text.append(f"Look at  {out_dir / SHEET_FILE}  (views, predicted and true depth, errors, cameras from above)")
     text += [
         f"Curves:   tensorboard --logdir {shlex.quote(f'{out_dir}/tensorboard')}",
-        f"Weights:  {out_dir}/checkpoints/latest  (python -m vggt shows what it makes of photographs, python -m "
-        "train.export lays it over the checkpoint it started from)",
+        *_to_use(config, ValidationHistory(out_dir)),
         "",
         *_next_steps(config),
     ]
@@ -128,13 +153,24 @@ def _validations(config: TrainConfig, history: ValidationHistory, validated: Sha
     text.append(run_verdict(gains, seen=validated.any or bool(validated.unknown)))
     if any(None in scene.values() for scene in last["scenes"]):
         text.append("Some of the last predictions or losses are not finite: look at the log above.")
-    metric = config.checkpoint.best
-    best, link = history.best_step(metric), history.out_dir / "checkpoints" / BEST
-    if best == first["step"] == 0:
-        text.append(f"By {metric}, no validation was better than the first: keep what you started from.")
-    elif best is not None and best != last["step"] and link.resolve() == step_file(link.parent, best).resolve():
-        text.append(f"By {metric}, step {best} was the best: {link}")
     return text
+
+
+def _to_use(config: TrainConfig, history: ValidationHistory) -> list[str]:
+    """The checkpoint to use: the best, what the run began from if nothing was better, or the last."""
+    folder, rule = history.out_dir / "checkpoints", config.checkpoint.best
+    by = rule if isinstance(rule, str) else f"{' and '.join(rule)} together, and no headline metric worse"
+    best = history.best_step(rule)
+    if best == 0 and len(history.comparable) > 1:
+        began = config.init or "nothing"
+        return [f"Use:      what you started from, {began}: by {by}, no validation was better than the first"]
+    use, why = folder / LATEST, "the last"
+    if best and (folder / BEST).resolve() == step_file(folder, best).resolve():
+        use, why = folder / BEST, f"step {best}, the best by {by}"
+    return [
+        f"Use:      {use}  ({why}; python -m vggt shows what it makes of photographs, python -m train.export lays it "
+        "over the checkpoint it started from)"
+    ]
 
 
 def _next_steps(config: TrainConfig) -> list[str]:

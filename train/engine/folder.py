@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = {
     *("init", "out_dir", "epochs", "max_steps", "accum_steps", "strategy", "compile"),
     *("model.head_chunk", "model.recompute", "model.aggregator_dtype"),
-    *("val_every", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
+    *("val_every", "val_at", "guard", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
     *("data.allow_shared_frames", "data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone", "checkpoint.best"),
 }
@@ -142,7 +142,7 @@ def keep_former_choices(
             if step % milestone == 0:
                 keep(folder, step)
     best = best_saved(folder)
-    same_metric = before["checkpoint"].get("best") == now.checkpoint.best
+    same_metric = before["checkpoint"].get("best") == to_dict(now)["checkpoint"]["best"]
     if best is None or (same_metric and ValidationHistory(out_dir).has(best, plan, scenes)):
         return
     log.warning(

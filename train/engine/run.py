@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,15 +24,19 @@ from train.engine.settings import TrainConfig, to_dict
 from train.engine.step import StepOutcome, train_step
 from train.engine.streams import Streams, streams_at
 from train.engine.tally import Tally, Window
+from train.evaluation.guard import changes, is_harmful
 from train.evaluation.history import ValidationHistory, compared_plan
 from train.evaluation.validation import Validation, Validator
 from train.objective.targets import prepare
 from train.report.logger import Reporter
 from train.report.pictures import SHEET_FILE, contact_sheet, save_picture
-from train.report.words import describe_metrics
+from train.report.words import describe_harm, describe_metrics
 from train.runtime.distributed import World
 from train.runtime.stop import StopRequest
 from vggt.model import VGGT
+
+# stopped: by a signal; harmful: by the guard.
+Ending = Literal["finished", "stopped", "harmful"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,8 @@ class Run:
         shard_sets = self.validator.split.shard_sets if self.validator else []
         return compared_plan(self.config.data, [shard_set.digest for shard_set in shard_sets])
 
-    def train(self, state: DataState) -> bool:
-        """From `state` to the last step; True if a signal stopped it. Raises ValueError if it must not continue."""
+    def train(self, state: DataState) -> Ending:
+        """From `state` to the last step, or why not. Raises ValueError if it must not continue."""
         config, world, reporter, total = self.config, self.world, self.reporter, self.config.total_steps
         batches = stream(
             lambda last: TrainingSteps(self.train_split, self.plan, world.rank, last or state, total),
@@ -72,8 +76,8 @@ class Run:
             self.workers,
             pin_memory=world.device.type == "cuda",
         )
-        if is_validation_step(config, state.step) and self._validate(state):
-            return True
+        if is_validation_step(config, state.step) and (ending := self._validate(state)):
+            return ending
         window, tally = Window(), Tally(config, world)
         while state.step < total:
             began = time.perf_counter()
@@ -101,11 +105,11 @@ class Run:
                 return self._end_early(state, None)
             if step % config.checkpoint.every == 0 or step == total:
                 self._save(state)
-            if is_validation_step(config, step) and self._validate(state):
-                return True
+            if is_validation_step(config, step) and (ending := self._validate(state)):
+                return ending
         if tally.bad:
             reporter.say(f"{tally.bad} of {tally.tried} frames were damaged and replaced: {tally.files}")
-        return False
+        return "finished"
 
     def _take_step(self, raw: dict[str, Any]) -> tuple[StepOutcome, float]:
         """The outcome, and the learning rate."""
@@ -133,8 +137,8 @@ class Run:
         """The first problem with the data of all ranks, on every rank."""
         return next((problem for problem in self.world.gather(mine) if problem is not None), None)
 
-    def _end_early(self, state: DataState, problem: NoDataError | None) -> bool:
-        """Save the state reached. Returns True if a signal asked to stop, raises NoDataError for `problem`.
+    def _end_early(self, state: DataState, problem: NoDataError | None) -> Ending:
+        """Save the state reached, as a signal asked to stop. Raises NoDataError for `problem`.
 
         `problem` must be the same on every rank.
         """
@@ -142,10 +146,10 @@ class Run:
         if problem is not None:
             saved = f"; what was trained is saved at step {state.step}" if state.step else ""
             raise NoDataError(f"{problem}{saved}")
-        return True
+        return "stopped"
 
-    def _validate(self, state: DataState) -> bool:
-        """Validate at `state`, unless that is done, and mark the best checkpoint; True if a signal stopped it."""
+    def _validate(self, state: DataState) -> Ending | None:
+        """Validate at `state`, unless that is done, and mark the best checkpoint; returns why the run ends, if so."""
         step, history, plan = state.step, ValidationHistory(self.out_dir), self._compared_plan
         # A run that was killed in between has validated before, or has still to do so.
         validator = self.validator
@@ -161,7 +165,10 @@ class Run:
                 self._save(state)
         if self.world.is_main:
             mark_best(self.out_dir / "checkpoints", self._best_step(step), self.config.checkpoint)
-        return False
+        if self.config.guard == "stop" and self.world.from_main(lambda: is_harmful(history.comparable)):
+            self._save(state)
+            return "harmful"
+        return None
 
     def _publish(self, result: Validation, step: int) -> None:
         """Report a validation. Of the files that a resumed run reads, the history is written last."""
@@ -176,6 +183,8 @@ class Run:
                 reporter.scalars(step, f"{name}:{shard_set}", result.means(source))
         ValidationHistory(self.out_dir).add(step, self._compared_plan, result.names, result.by_scene)
         reporter.say(f"step {step}: {name} {describe_metrics(result.means())}")
+        if self.config.guard != "off":
+            self._compare_with_start(step)
         if result.unreadable:
             few = ", ".join(result.unreadable[:3])
             reporter.say(f"{len(result.unreadable)} of {len(result.names)} scenes cannot be read: {few}")
@@ -184,6 +193,18 @@ class Run:
             sheet = contact_sheet(result.pictured, title)
             save_picture(self.out_dir / SHEET_FILE, sheet)
             reporter.picture(step, "contact_sheet", sheet)
+
+    def _compare_with_start(self, step: int) -> None:
+        """Say at once if something is worse than it was at first."""
+        validations = ValidationHistory(self.out_dir).comparable
+        if len(validations) < 2:
+            return
+        found = changes(validations)
+        self.reporter.scalars(step, "guard", {f"gain_{name}": float(change.gain) for name, change in found.items()})
+        harm = [change for change in found.values() if change.gain < 0]
+        if harm:
+            start = f"step {validations[0]['step']}"
+            self.reporter.say(f"WARNING: step {step}: worse than at {start} beyond the noise: {describe_harm(harm)}")
 
     def _best_step(self, step: int) -> int | None:
         """The step of the best validation among the first, `step`, and those that have a checkpoint."""
@@ -218,4 +239,4 @@ class Run:
 
 
 def is_validation_step(config: TrainConfig, step: int) -> bool:
-    return step % config.val_every == 0 or step >= config.total_steps
+    return step % config.val_every == 0 or step in config.val_at or step >= config.total_steps

@@ -14,6 +14,7 @@ from train.data.plan import DataConfig
 from train.engine.checkpoint import CheckpointConfig
 from train.engine.optim import OptimConfig
 from train.engine.parallel import Strategy
+from train.evaluation.guard import Guard
 from train.evaluation.metrics import METRICS
 from train.objective.losses import OBJECTIVE, LossConfig
 from train.runtime.precision import Precision
@@ -93,6 +94,11 @@ class TrainConfig:
     val_every: int = documented(
         800, "steps between validations; there is also one before the first step and one after the last"
     )
+    val_at: tuple[int, ...] = documented((50, 200), "steps of further validations: harm shows early")
+    guard: Guard = documented(
+        "warn",
+        "if a validation is worse than the first beyond the noise: warn, stop (if one metric is, twice in a row), off",
+    )
     log_every: int = documented(10, "steps that a log line averages over")
     max_skipped: int = documented(
         20, "steps in a row that may be skipped because a loss or gradient is not finite; then the run stops"
@@ -136,7 +142,13 @@ class TrainConfig:
             raise ValueError(f"model.aggregator_dtype: bf16 needs precision=bf16, found {self.precision}")
 
     def _check_best(self) -> None:
-        name = self.checkpoint.best
+        best = self.checkpoint.best
+        if not best:
+            raise ValueError("checkpoint.best: expected a metric, or some, found none")
+        for name in (best,) if isinstance(best, str) else best:
+            self._check_metric(name)
+
+    def _check_metric(self, name: str) -> None:
         if name == OBJECTIVE:
             return
         if name not in METRICS:

@@ -22,8 +22,17 @@ class Comparison:
     @property
     def gain(self) -> int:
         """1 for better and -1 for worse beyond the noise, else 0."""
-        higher_is_better = self.metric in METRICS and METRICS[self.metric].higher_is_better
-        return self.change.sign if higher_is_better else -self.change.sign
+        return self.change.sign * self._good
+
+    @property
+    def relative_gain(self) -> float:
+        """The improvement as a fraction of what was before; negative if it became worse."""
+        return self._good * self.change.mean / max(abs(self.before), 1e-9)
+
+    @property
+    def _good(self) -> int:
+        """1 if more is better, else -1."""
+        return 1 if self.metric in METRICS and METRICS[self.metric].higher_is_better else -1
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from train.data.plan import DataConfig
+from train.evaluation.guard import is_better
 from train.evaluation.metrics import METRICS
 from train.runtime.jsonl import append_line, finite_or_none, read_jsonl
 
@@ -49,23 +50,37 @@ class ValidationHistory:
         lines = self.lines
         return [line for line in lines if _are_same(_scenes(line), _scenes(lines[-1]))]
 
-    def best_step(self, metric: str, saved: Container[int] | None = None) -> int | None:
-        """The step with the best mean of a metric, the first of equals; None if there is none.
+    def best_step(self, metrics: str | Sequence[str], saved: Container[int] | None = None) -> int | None:
+        """The step of the best validation, the first of equals; None if there is none.
 
-        Only scenes that have the metric in every validation count: one that can no longer be read would change the
-        mean. saved: the steps that have a checkpoint; of the others only the first validation takes part.
+        metrics: by the mean of this one; or of several, the last one that was better than the best before it, see
+        is_better. saved: the steps that have a checkpoint; of the others only the first validation takes part.
         """
-        sign = -1 if metric in METRICS and METRICS[metric].higher_is_better else 1
         lines = self.comparable
         lines = [line for line in lines if saved is None or line is lines[0] or line["step"] in saved]
-        lines = [line for line in lines if any(metric in scene for scene in line["scenes"])]
-        in_all = [all(metric in scene for scene in same) for same in zip(*(line["scenes"] for line in lines))]  # noqa: B905
-        found = []
-        for line in lines:
-            values = [scene[metric] for scene, counts in zip(line["scenes"], in_all, strict=False) if counts]
-            if values and None not in values:  # None: not finite
-                found.append((sign * float(np.mean(values)), line["step"]))
-        return min(found)[1] if found else None
+        if isinstance(metrics, str):
+            return _best_mean(lines, metrics)
+        best = lines[0] if lines else None
+        for line in lines[1:]:
+            assert best is not None
+            best = line if is_better(best, line, metrics) else best
+        return None if best is None else best["step"]
+
+
+def _best_mean(lines: list[Line], metric: str) -> int | None:
+    """The step with the best mean of a metric over the scenes that have it in every validation.
+
+    A scene that can no longer be read would change the mean.
+    """
+    sign = -1 if metric in METRICS and METRICS[metric].higher_is_better else 1
+    lines = [line for line in lines if any(metric in scene for scene in line["scenes"])]
+    in_all = [all(metric in scene for scene in same) for same in zip(*(line["scenes"] for line in lines))]  # noqa: B905
+    found = []
+    for line in lines:
+        values = [scene[metric] for scene, counts in zip(line["scenes"], in_all, strict=False) if counts]
+        if values and None not in values:  # None: not finite
+            found.append((sign * float(np.mean(values)), line["step"]))
+    return min(found)[1] if found else None
 
 
 Scenes = tuple[dict[str, Any], list[str]]

@@ -73,6 +73,7 @@ def _metrics() -> dict[str, Metric]:
 
 
 METRICS = _metrics()
+HEADLINE = ("auc_30", "rotation_deg", "translation_deg", "depth_abs_rel", "points_chamfer")  # what runs are judged by
 
 
 def scene_metrics(predictions: dict[str, Any], batch: Batch) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from train.evaluation.bootstrap import estimate, group_mean
 from train.evaluation.comparison import compare
-from train.evaluation.metrics import METRICS
+from train.evaluation.metrics import HEADLINE, METRICS
 from train.evaluation.protocol import EvalSequence, Protocol
 
 # VGGT-1B, feed-forward, on Co3D: arXiv:2503.11651, and the fast variant of its published evaluation.
@@ -20,7 +20,7 @@ REFERENCES: dict[bool, dict[str, float]] = {  # by Protocol.fast
 }
 REFERENCE = "published VGGT-1B"
 PUBLISHED_CATEGORIES = 41
-COMPARED = ("auc_30", "rotation_deg", "translation_deg", "depth_abs_rel", "points_chamfer", "point_map_chamfer")
+COMPARED = (*HEADLINE, "point_map_chamfer")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.evaluation.bootstrap import MIN_SCENES, STUDENT
-from train.evaluation.metrics import METRICS, Metric
+from train.evaluation.comparison import Comparison
+from train.evaluation.metrics import HEADLINE, METRICS, Metric
 from train.evaluation.results import PUBLISHED_CATEGORIES
 from train.objective.losses import OBJECTIVE
 
 # Of all the metrics of a validation, those that its line shows.
-HEADLINE_METRICS = (OBJECTIVE, "auc_30", "rotation_deg", "translation_deg", "depth_abs_rel", "points_chamfer")
+HEADLINE_METRICS = (OBJECTIVE, *HEADLINE)
 OBJECTIVE_METRIC = Metric("objective", "what training minimizes", ())
 
 
@@ -38,6 +39,15 @@ def describe_metrics(means: dict[str, float]) -> str:
     """The metrics of a validation in a line."""
     shown = ((metric_of(name), means[name]) for name in HEADLINE_METRICS if name in means)
     return ", ".join(f"{metric.label} {metric.form.format(mean)}" for metric, mean in shown)
+
+
+def describe_harm(found: list[Comparison]) -> str:
+    """Metrics that got worse beyond the noise."""
+    shown = []
+    for change in found:
+        metric = metric_of(change.metric)
+        shown.append(f"{metric.label} {metric.form.format(change.before)} -> {metric.form.format(change.after)}")
+    return ", ".join(shown)
 
 
 def describe_change(name: str, before: float, after: float, change: Mapping[str, Any]) -> str:

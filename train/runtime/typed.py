@@ -91,6 +91,8 @@ def _convert(kind: Any, value: Any, name: str, root: type) -> Any:
     if origin in (Union, types.UnionType):
         return None if value is None else _convert(_fitting(arguments, value), value, name, root)
     if origin is Literal:
+        if isinstance(value, bool) and ("on" if value else "off") in arguments:  # YAML 1.1 reads these words as such
+            return "on" if value else "off"
         if value not in arguments:
             choices = [str(argument) for argument in arguments]
             hint = closest(str(value), choices)

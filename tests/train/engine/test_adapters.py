@@ -100,7 +100,7 @@ def test_adapters_are_no_init_and_belong_to_one_checkpoint(run, shard_dir, publi
     done = run_trainer(shard_dir, tmp_path / "run", *settings)
     assert done.returncode == 1
     assert "other.pt is another checkpoint than the one that this run began from" in done.stderr
-    with pytest.raises(ValueError, match="other.pt, which is not the checkpoint that it began from"):
+    with pytest.raises(ValueError, match=r"other.pt, which is not the checkpoint that it began from"):
         read_checkpoint(tmp_path / "run/checkpoints/step-00000004.pt")
 
 

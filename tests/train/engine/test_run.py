@@ -91,7 +91,7 @@ def test_best_is_the_checkpoint_of_the_best_validation(shard_dir, tmp_path):
     assert step > 0, "the start is the best: this test shows nothing"
     assert (out / "checkpoints" / "best").resolve().name == f"step-{step:08d}.pt"
     assert {path.name for path in (out / "checkpoints").glob("step-*.pt")} == {f"step-{s:08d}.pt" for s in (step, 8)}
-    assert f"step {step} was the best" in done.stdout or step == 8
+    assert f"checkpoints/best  (step {step}, the best by depth_abs_rel;" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -478,3 +478,39 @@ def test_real_captures_train_are_killed_resume_export_and_load(real_set, publish
     assert before.state_dict().keys() == after.state_dict().keys()
     moved = {name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])}
     assert {name.partition(".")[0] for name in moved} == {"camera_head", "depth_head"}
+
+
+def test_the_guard_says_harm_at_once_and_stops_a_run_that_does_it(shard_dir, tmp_path):
+    """Seven scenes to validate on, one to train on, much too fast."""
+    out = tmp_path / "run"
+    swapped = ["data.train_split=test", "data.val_split=train", "data.val_scenes=7"]
+    harmful = [*swapped, "model.preset=nano", "init=nano", "optim.lr=0.02", "optim.warmup=0", "val_every=1"]
+    options = [*SCRATCH, *harmful, "checkpoint.best=[auc_30, depth_abs_rel]", "max_steps=5"]
+    done = run_trainer(shard_dir, out, *options, "guard=stop")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: step 1: worse than at step 0 beyond the noise: " in done.stdout
+    assert "ended by guard=stop" in done.stdout
+    assert "Use:      what you started from, nano: by auc_30 and depth_abs_rel together" in done.stdout
+    validations = [line["step"] for line in read_jsonl(out / "validation.jsonl")]
+    assert validations == [0, 1, 2]
+    gains = [line for line in read_jsonl(out / "metrics.jsonl") if line["split"] == "guard"]
+    assert [line["step"] for line in gains] == [1, 2]
+    assert gains[-1]["gain_rotation_deg"] == -1
+    assert not (out / "requeue").exists()
+    assert not (out / "checkpoints" / "best").exists()
+    again = run_trainer(shard_dir, out, *options, "guard=stop")
+    assert again.returncode == 0, again.stderr
+    assert "ended by guard=stop" in again.stdout
+    on = run_trainer(shard_dir, out, *options, "guard=off", "max_steps=3")
+    assert "step 3/3 objective" in on.stdout
+    assert "WARNING" not in on.stdout
+
+
+def test_the_guard_cannot_stop_what_it_cannot_tell(shard_dir, tmp_path):
+    done = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=1", "guard=stop")
+    assert done.returncode == 1
+    assert (
+        "guard: stop needs at least 5 sequences to validate on, to tell harm from noise, and there are 1" in done.stderr
+    )
+    warned = run_trainer(shard_dir, tmp_path / "run", *SCRATCH, "max_steps=1")
+    assert "guard: 1 sequence to validate on cannot tell harm from noise, 5 are the least" in warned.stdout

@@ -1,0 +1,49 @@
+"""Do no harm: each validation of a run against what the run started from, scene by scene."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from train.evaluation.comparison import Comparison, compare
+from train.evaluation.metrics import HEADLINE
+
+Guard = Literal["warn", "stop", "off"]
+PATIENCE = 2  # validations in a row with the same metric worse: a single one may be chance
+
+
+def changes(validations: Sequence[Mapping[str, Any]], of: int = -1) -> dict[str, Comparison]:
+    """How each headline metric of a validation differs from the first one's, for those that both have.
+
+    validations: of the same scenes, as ValidationHistory has them, in order.
+    """
+    first, other = validations[0]["scenes"], validations[of]["scenes"]
+    found = {name: compare(first, other, name) for name in HEADLINE}
+    return {name: change for name, change in found.items() if change is not None}
+
+
+def worse(validations: Sequence[Mapping[str, Any]], of: int = -1) -> list[str]:
+    """The headline metrics that are worse than at first beyond the noise."""
+    return [name for name, change in changes(validations, of).items() if change.gain < 0]
+
+
+def is_harmful(validations: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last PATIENCE validations all say that one and the same metric is worse beyond the noise."""
+    if len(validations) <= PATIENCE:
+        return False
+    return bool(set.intersection(*(set(worse(validations, -i)) for i in range(1, PATIENCE + 1))))
+
+
+def is_better(before: Mapping[str, Any], after: Mapping[str, Any], metrics: Sequence[str]) -> bool:
+    """Whether a validation is better than another one of the same scenes.
+
+    The mean change of `metrics`, each relative to its value before, must be for the better, no headline metric worse
+    beyond the noise, and no prediction infinite.
+    """
+    if any(None in scene.values() for scene in after["scenes"]):
+        return False
+    found = {name: compare(before["scenes"], after["scenes"], name) for name in {*metrics, *HEADLINE}}
+    if any(change is not None and change.gain < 0 for name, change in found.items() if name in HEADLINE):
+        return False
+    gains = [change.relative_gain for name in metrics if (change := found[name]) is not None]
+    return len(gains) == len(metrics) and sum(gains) > 0
