@@ -191,6 +191,12 @@ def pack_source(
             click.echo("testing on the last frames of each capture: places that are trained on")
         return found
     assert co3d_dir is not None
+    of_captures = (layout, test_fraction, test_tail, min_motion, depth_range, metric, intrinsics)
+    if any(value is not None for value in of_captures) or test_names or every != 1 or trust:
+        raise ValueError(
+            "--format, --test, --test-fraction, --test-tail, --every, --min-motion, --depth-range, --metric, "
+            "--intrinsics and --trust are for captures: not with --co3d-dir"
+        )
     if annotation_dir is None:
         return OfficialCo3D(co3d_dir, set_list or "fewview_dev", min_quality, splits or None, categories or None)
     if set_list is not None or min_quality is not None:

@@ -9,7 +9,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -202,13 +201,14 @@ def _shorten(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _is_of_model(config: Path) -> bool:
-    """Whether a file has a key of a model's configuration."""
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder was written by write_folder. Other models' have a config.json, too, with like names."""
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        VGGTConfig.from_dict(content)
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
-    return isinstance(content, dict) and any(field.name in content for field in fields(VGGTConfig))
+    return "heads" in content
 
 
 def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -218,8 +218,9 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str,
     """
     if folder.suffix in FILE_SUFFIXES or folder.is_file():
         raise ValueError(f"{folder}: expected the name of a folder, which gets {WEIGHT_FILES[0]} and {CONFIG_FILE}")
-    if (folder / CONFIG_FILE).exists() and not _is_of_model(folder / CONFIG_FILE):
-        raise ValueError(f"{folder / CONFIG_FILE}: is there, and not a model's; give another folder")
+    there = next((name for name in (CONFIG_FILE, *WEIGHT_FILES) if (folder / name).exists()), None)
+    if there is not None and not _is_ours(folder):
+        raise ValueError(f"{folder / there}: is there, and was not written by this program; give another folder")
     write_file(folder / WEIGHT_FILES[0], state)
     with whole_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")

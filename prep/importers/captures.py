@@ -96,7 +96,7 @@ class Captures:
     def identity(self, frame: Frame) -> str:
         """By the file's size, beginning and end: the same photographs may lie in two captures."""
         path = str(frame.image)
-        if self.tail is None and not self.split:  # nothing is tested on
+        if (self.tail is None and not self.split) or not frame.image.is_file():  # nothing is tested on; a pipe
             return path
         try:
             with frame.image.open("rb") as file:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections import defaultdict
@@ -28,6 +29,8 @@ from prep.importers.layouts import layout_hint
 from prep.importers.source import DepthFile, Frame, Sequence
 from shards.index import sha256
 from shards.schema import SPLITS
+
+log = logging.getLogger(__name__)
 
 ANNOTATION_NAME = re.compile(r"(?P<category>.+)_(?P<split>train|test)\.jgz")
 MAX_NAME = 255  # bytes, as file systems have it
@@ -84,17 +87,26 @@ class Co3D:
         return str(frame.image)
 
     def sequences(self) -> Iterator[Sequence]:
+        without_masks: list[str] = []
         for (split, category), path in self.files.items():
             for name, entries in sorted(read_annotations(path).items()):
                 folder = self.co3d_dir / category / name
                 if not folder.is_dir():
                     self._skipped[NO_FOLDER].add((category, name))
                     continue
-                has_depth = (folder / "depths").is_dir()
-                make = partial(self._frame, category, name, has_depth)
+                has_depth, has_masks = ((folder / part).is_dir() for part in ("depths", "depth_masks"))
+                if has_depth and not has_masks:
+                    without_masks.append(str(folder))
+                make = partial(self._frame, category, name, has_depth, has_masks)
                 yield make_sequence(split, category, name, entries, make)
+        if without_masks:
+            log.warning(
+                "%d sequences without depth_masks/, all of whose depth counts (%s)",
+                len(without_masks),
+                without_masks[0],
+            )
 
-    def _frame(self, category: str, sequence: str, has_depth: bool, entry: Any) -> Frame:
+    def _frame(self, category: str, sequence: str, has_depth: bool, has_masks: bool, entry: Any) -> Frame:
         path = path_inside(category, sequence, "images", entry.get("filepath") if isinstance(entry, dict) else None)
         folder = self.co3d_dir / category / sequence
         return Frame(
@@ -103,7 +115,7 @@ class Co3D:
             image=self.co3d_dir / path,
             size=None,
             depth=stereo_depth(folder / "depths" / f"{path.name}.geometric.png") if has_depth else None,
-            mask=folder / "depth_masks" / f"{path.stem}.png",
+            mask=folder / "depth_masks" / f"{path.stem}.png" if has_masks else None,
             camera=read_camera(entry),
         )
 

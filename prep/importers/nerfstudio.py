@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,18 @@ def _image(folder: Path, name: str) -> Path:
 
 
 def _camera(values: dict[str, Any], extrinsics: np.ndarray) -> OpenCVCamera | FieldOfView:
+    distortion = _distortion(values)
     if "fl_x" not in values and "camera_angle_x" in values:
-        return FieldOfView(extrinsics=extrinsics, angle=float(values["camera_angle_x"]))
+        angle = float(values["camera_angle_x"])
+        if "w" not in values or "h" not in values:
+            if distortion is not None or {"cx", "cy", "fl_y"} & values.keys():
+                raise ValueError("camera_angle_x with cx, cy, fl_y or a distortion needs w and h, too")
+            return FieldOfView(extrinsics=extrinsics, angle=angle)
+        width, height = float(values["w"]), float(values["h"])
+        values = {"fl_x": width / 2 / math.tan(angle / 2), "cx": width / 2, "cy": height / 2} | values
     focal = float(values["fl_x"])
     k = pinhole(focal, float(values.get("fl_y", focal)), float(values["cx"]), float(values["cy"]), corner=True)
-    return OpenCVCamera(extrinsics=extrinsics, intrinsics=k, distortion=_distortion(values))
+    return OpenCVCamera(extrinsics=extrinsics, intrinsics=k, distortion=distortion)
 
 
 def _distortion(values: dict[str, Any]) -> Distortion | None:
@@ -124,8 +132,8 @@ def _distortion(values: dict[str, Any]) -> Distortion | None:
     fisheye = model == "OPENCV_FISHEYE" or ("camera_model" not in values and bool(values.get("is_fisheye")))
     keys = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
     numbers = tuple(float(values.get(key, 0.0)) for key in keys)
-    if not fisheye and values.get("k4"):
-        raise ValueError("k4 of a lens that is no fisheye cannot be undistorted")
+    if not fisheye and any(values.get(key) for key in ("k4", "k5", "k6")):
+        raise ValueError("k4 to k6 of a lens that is no fisheye cannot be undistorted")
     if model in PINHOLES or not (fisheye or any(numbers)):
         return None
     return Distortion(coefficients=numbers, fisheye=fisheye)

@@ -81,7 +81,7 @@ class Frame:
     image: Path
     size: tuple[int, int] | None  # height and width that the dataset says the image has
     depth: DepthFile | SparsePoints | None  # None: camera only
-    mask: Path | None  # 8-bit, depth counts where > mask_above; None, or no such file: everywhere
+    mask: Path | None  # 8-bit, depth counts where > mask_above; None: everywhere
     camera: Camera
     mask_above: int = 128
     depth_range: tuple[float, float] | None = None
@@ -129,7 +129,7 @@ def by_stem(folder: Path) -> dict[str, Path]:
 
 def by_number(path: Path | str) -> list[tuple[int, str]]:
     """A key to sort paths by that puts 10.jpg behind 9.jpg."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def frame_name(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, from_quaternion, interpolated, inverted, pinhole
-from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
+from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, one_capture
 
 TITLE = "rgb.txt, depth.txt, groundtruth.txt (TUM RGB-D)"
 MOST_APART = 0.02  # seconds between an image and its depth, or the nearest pose
@@ -19,6 +19,11 @@ KNOWN = {
     "2": (520.9, 521.0, 325.1, 249.7),
     "3": (535.4, 539.2, 320.1, 247.6),
 }
+# Images of the third are rectified; those of the others are not (vision.in.tum.de, "Intrinsic Camera Calibration").
+LENSES = {
+    "1": Distortion(coefficients=(0.2624, -0.9531, -0.0054, 0.0026, 1.1633)),
+    "2": Distortion(coefficients=(0.2312, -0.7849, -0.0033, -0.0001, 0.9172)),
+}
 
 
 def is_there(folder: Path) -> bool:
@@ -27,7 +32,9 @@ def is_there(folder: Path) -> bool:
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError if the camera is not known."""
-    intrinsics = intrinsics or _known(folder)
+    number = _number(folder)
+    lens = LENSES.get(number) if intrinsics is None else None
+    intrinsics = intrinsics or KNOWN.get(number)
     if intrinsics is None:
         raise ValueError(f"{folder}: TUM's layout does not say the camera: give --intrinsics fx,fy,cx,cy")
     images, depths = _listed(folder / "rgb.txt"), _listed(folder / "depth.txt")
@@ -52,16 +59,17 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 size=None,
                 depth=depth,
                 mask=None,
-                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=pinhole(*intrinsics)),
+                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=pinhole(*intrinsics), distortion=lens),
             )
         )
     files = [path for name in ("rgb", "depth", "groundtruth") if (path := folder / f"{name}.txt").is_file()]
     return one_capture(folder, frames, unusable, files, True)
 
 
-def _known(folder: Path) -> Intrinsics | None:
+def _number(folder: Path) -> str:
+    """Of the dataset's camera; empty for other folders."""
     found = re.search(r"freiburg([123])", folder.resolve().name)
-    return found and KNOWN[found[1]]
+    return found[1] if found else ""
 
 
 def _rows(path: Path) -> list[list[str]]:

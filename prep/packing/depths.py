@@ -263,7 +263,7 @@ def _checked(values: np.ndarray, target: Target) -> np.ndarray:
 
 def _masked(values: np.ndarray, mask: Mask | None, target: Target) -> np.ndarray:
     """The depths, 0 where a mask says to ignore them."""
-    if mask is None or not mask[0].exists():
+    if mask is None:
         return values
     array = read_image(read_file(mask[0], "depth mask"), "depth mask")
     array = array[..., :3].max(axis=2) if array.ndim == 3 else array  # without what is opaque

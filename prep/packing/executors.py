@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from shards.processes import end_with_parent, fork_server
 log = logging.getLogger(__name__)
 
 IDLE_CHECK = 10  # seconds
+STOP_PATIENCE = 5  # seconds
 
 
 @contextmanager
@@ -40,8 +42,11 @@ def process_pool(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecut
             children = multiprocessing.active_children()
             for child in children:
                 child.terminate()
+            end = time.monotonic() + STOP_PATIENCE
             for child in children:
-                child.join()
+                child.join(max(0.0, end - time.monotonic()))
+                if child.is_alive():  # it is stopped, or waits for a disk
+                    child.kill()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

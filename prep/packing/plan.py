@@ -45,8 +45,11 @@ class ShardJob:
     def sequences(self) -> list[Sequence]:
         return pickle.loads(zlib.decompress(self.content))  # of this process, or of the one that made it for a worker
 
-    def file_digest(self) -> str:
-        """What tells the files of its frames from those that replace them later: sizes and times, not contents."""
+    def file_digest(self) -> str | None:
+        """What tells the files of its frames from those that replace them later: sizes and times, not contents.
+
+        None if an image is not there: its disk may just not be mounted.
+        """
         digest = hashlib.sha256()
         for frame in (frame for sequence in self.sequences for frame in sequence.frames):
             depth = frame.depth.path if isinstance(frame.depth, DepthFile) else None
@@ -54,6 +57,8 @@ class ShardJob:
                 try:
                     found = None if path is None else path.stat()
                 except OSError:
+                    if path is frame.image:
+                        return None
                     found = None
                 digest.update(b"-" if found is None else f"{found.st_size} {found.st_mtime_ns},".encode())
         return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from shards.build_index import TarIndex, write_index
 from shards.index import read_dataset
 from shards.schema import DATASET_FILE, REPORT_FILE, WORK_FOLDER
 from shards.writer import remove_leftovers, write_json
+
+log = logging.getLogger(__name__)
 
 ShardReport = dict[str, list[Any]]  # bad, short and doubtful, as in PackResult
 NOTHING_TO_REPORT: ShardReport = {"bad": [], "short": [], "doubtful": []}
@@ -30,6 +33,8 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     with ThreadPoolExecutor(32) as pool:  # a network file system answers slowly, but many at once
         same = list(pool.map(lambda job: _is_same(out, job), done))
     changed = {job.name for job, is_same in zip(done, same, strict=True) if not is_same}
+    if changed:
+        log.warning("%d finished shards are made again: files of theirs have other sizes or times now", len(changed))
     bad = {job.name: len(_report(out, job.name)["bad"]) for job in done}
     too_many = sum(count for name, count in bad.items() if name not in changed) > most_bad
     kept = {name: count for name, count in bad.items() if name not in changed and not (too_many and count)}
@@ -39,9 +44,9 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
 
 
 def _is_same(out: Path, job: ShardJob) -> bool:
-    """Whether the files of a shard are those it was made of; True if its record does not say."""
-    made_of = _report(out, job.name).get("made_of")
-    return made_of is None or made_of == job.file_digest()
+    """Whether the files of a shard are those it was made of; True if that cannot be told."""
+    digests = _report(out, job.name).get("made_of"), job.file_digest()
+    return None in digests or digests[0] == digests[1]
 
 
 def reopen(out: Path) -> None:

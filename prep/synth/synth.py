@@ -71,6 +71,11 @@ def synth(out: Path, options: SynthOptions, executor: Executor, on_scene: Callab
 
     The directory appears when it is whole. Raises ValueError if `out` holds anything else.
     """
+    out = out.resolve()  # a link stays one
+    if out.is_mount():
+        raise ValueError(
+            f"{out}: a mount point, which cannot be replaced by what is made beside it; give a folder in it"
+        )
     work = out.with_name(f".{out.name}.unfinished-synth")
     if _is_done(out, options):
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -383,6 +384,46 @@ def test_a_field_of_view_alone_makes_a_camera(views, tmp_path):
     focal = width / 2 / np.tan(0.6)
     k = [[focal, 0, width / 2 - 0.5], [0, focal, height / 2 - 0.5], [0, 0, 1]]
     assert np.abs(opened.frames["intrinsics"] - np.array(k)).max() < 1e-9
+
+
+def test_a_field_of_view_beside_other_numbers_of_the_camera_takes_only_the_place_of_the_focal_length(views, tmp_path):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    content = json.loads(path.read_text())
+    for entry in content["frames"]:
+        del entry["fl_x"], entry["fl_y"]
+    path.write_text(json.dumps(content | {"camera_angle_x": 1.2, "k1": 0.1}))
+    (capture,) = Captures([tmp_path / "capture"], CaptureOptions()).found
+    camera, (height, width) = capture.frames[0].camera, views[0].depth.shape
+    assert camera.distortion == Distortion(coefficients=(0.1, 0, 0, 0, 0))
+    _, k = camera.opencv(height, width)
+    assert k[0, 0] == k[1, 1] == pytest.approx(width / 2 / np.tan(0.6))
+    assert np.allclose(k[:2, 2], views[0].intrinsics[:2, 2])
+    for values, words in (({"camera_model": "EQUIRECTANGULAR"}, "cannot be undistorted"), ({"k5": 0.1}, "k4 to k6")):
+        path.write_text(json.dumps(content | {"camera_angle_x": 1.2} | values))
+        with pytest.raises(ValueError, match=words):
+            Captures([tmp_path / "capture"], CaptureOptions())
+
+
+def test_the_lenses_of_the_datasets_own_cameras_are_undone(views, tmp_path):
+    WRITERS["tum"](tmp_path / "rgbd_dataset_freiburg1_desk", views)
+    WRITERS["tum"](tmp_path / "rgbd_dataset_freiburg3_desk", views)
+    found = [Captures([folder], CaptureOptions()).found[0] for folder in sorted(tmp_path.iterdir())]
+    assert found[0].frames[0].camera.distortion.coefficients[0] == 0.2624
+    assert found[1].frames[0].camera.distortion is None
+    given = Captures([tmp_path / "rgbd_dataset_freiburg1_desk"], CaptureOptions(intrinsics=(1, 1, 1, 1))).found[0]
+    assert given.frames[0].camera.distortion is None
+
+
+def test_a_pipe_in_place_of_an_image_is_no_reason_to_wait(views, tmp_path):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    image = sorted((tmp_path / "capture" / "images").iterdir())[0]
+    image.unlink()
+    os.mkfifo(image)
+    done = vggt_prep(
+        "pack", tmp_path / "capture", "--out", tmp_path / "set", "--trust", "--max-bad", 0.5, "--min-frames", 1
+    )
+    assert "1 frame left out" in done.stdout
 
 
 def test_poses_are_between_two_or_at_their_time():

@@ -399,6 +399,59 @@ def test_a_file_replaced_between_two_parts_of_a_pack_is_in_the_set_as_it_is_now(
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
+def test_finished_shards_stay_while_the_disk_with_the_images_is_away(editable, tmp_path):
+    images = sorted((editable / "co3d").glob("*/*/images"))
+    broken = images[0] / "frame000003.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:3000])
+    command = ("pack", *source_options(editable), "--max-bad", 0, "--shard-frames", 60, "--out", tmp_path / "out")
+    assert vggt_prep(*command).returncode == 1
+    records = {path: path.read_bytes() for path in (tmp_path / "out" / ".pack").glob("train-*.json")}
+    good = {path for path, content in records.items() if not json.loads(content)["bad"]}
+    assert good
+    for folder in images:
+        folder.rename(folder.with_name("away"))
+    assert vggt_prep(*command).returncode == 1
+    assert all(path.read_bytes() == records[path] for path in good)
+    for folder in images:
+        folder.with_name("away").rename(folder)
+    broken.write_bytes(whole)
+    times = {path.stem: (tmp_path / "out" / f"{path.stem}.tar").stat().st_mtime_ns for path in good}
+    done = vggt_prep(*command)
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / "out" / f"{name}.tar").stat().st_mtime_ns == time for name, time in times.items())
+
+
+def test_a_stop_is_heard_though_a_worker_hangs(captures, tmp_path):
+    """As one does that waits for a disk of the network."""
+    process = start_pack(captures, tmp_path / "out", "--workers", 2)
+    wait_for(lambda: list((tmp_path / "out" / ".pack").glob("train-*.json")))
+    workers = [pid for child in own_children(process.pid) for pid in own_children(child)]
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+def test_options_of_captures_are_refused_with_co3d(captures, tmp_path):
+    for option in (("--every", 5), ("--test", "x"), ("--depth-range", 1, 2), ("--format", "tum"), ("--metric",)):
+        done = vggt_prep("pack", *source_options(captures), "--out", tmp_path / "out", *option)
+        assert done.returncode == 1
+        assert "are for captures: not with --co3d-dir" in done.stderr
+
+
+def test_a_depth_mask_that_is_missing_is_bad_and_sequences_without_any_are_told(editable, tmp_path, caplog):
+    folders = sorted((editable / "co3d").glob("*/*"))
+    shutil.rmtree(folders[0] / "depth_masks")
+    next((folders[1] / "depth_masks").iterdir()).unlink()
+    done = vggt_prep("pack", *source_options(editable), "--out", tmp_path / "out", "--max-bad", 0.1, "--min-frames", 1)
+    assert done.returncode == 0, done.stderr
+    assert "1 frame left out: depth mask is missing" in done.stdout
+    assert f"1 sequences without depth_masks/, all of whose depth counts ({folders[0]})" in caplog.text
+
+
 def test_packing_again_does_nothing_and_another_way_is_refused(captures, shard_dir, tmp_path):
     shutil.copytree(shard_dir, tmp_path / "set")
     options = ("--short-side", 150, "--shard-frames", 60)

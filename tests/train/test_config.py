@@ -37,6 +37,18 @@ def test_comments_of_default_yaml_and_the_help_are_what_each_key_documents():
         assert re.search(rf"^  {re.escape(key)}=.*  {re.escape(text)}$", shown, re.MULTILINE), key
 
 
+def test_numbers_are_decimal_wherever_they_are_given(tmp_path):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90, and 5e-5 as a word."""
+    (tmp_path / "run.yaml").write_text("max_steps: 010\noptim: {lr: 5e-5, clip: .5}\ndata: {views: [02, 010]}\n")
+    config = load_config(tmp_path / "run.yaml", ["init=a", "optim.weight_decay=1e-2", "data.val_scenes=0100"])
+    assert (config.max_steps, config.optim.lr, config.optim.clip, config.data.views) == (10, 5e-5, 0.5, (2, 10))
+    assert (config.optim.weight_decay, config.data.val_scenes) == (0.01, 100)
+    (tmp_path / "run.yaml").write_text("max_steps: 1:30\n")
+    for file, given in ((tmp_path / "run.yaml", []), (None, ["max_steps=1:30"]), (None, ["optim.lr=1:30"])):
+        with pytest.raises(ValueError, match=r"expected (int|float), found '1:30'"):
+            load_config(file, ["init=a", *given])
+
+
 def test_command_line_beats_yaml_beats_defaults():
     config = load_config(CONFIGS / "demo.yaml", ["seed=5", "data.views=[2, 3]", "optim.lr=5e-5"])
     assert (config.seed, config.data.views, config.optim.lr) == (5, (2, 3), 5e-5)

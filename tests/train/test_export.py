@@ -176,8 +176,18 @@ def test_a_config_json_that_is_not_a_models_is_not_overwritten(run, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"weights beside it")
     done = export(run, tmp_path)
     assert done.returncode == 1
-    assert "config.json: is there, and not a model's" in done.stderr
+    assert "config.json: is there, and was not written by this program" in done.stderr
     assert (tmp_path / "config.json").read_text() == '{"title": "of a project"}'
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_another_models_folder_is_not_overwritten(run, tmp_path, name):
+    """Its configuration may have names that ours has, too."""
+    (tmp_path / name).write_text('{"model_type": "dinov2", "image_size": 518, "patch_size": 14}')
+    done = export(run, tmp_path)
+    assert done.returncode == 1
+    assert f"{name}: is there, and was not written by this program; give another folder" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_checkpoint_of_a_run_is_not_overwritten_by_whatever_path_it_is_named(run, tmp_path, monkeypatch):

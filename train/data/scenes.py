@@ -101,7 +101,7 @@ def load_scene(
         keys, missed = _load_views(split, scene, shape, members, out)
         bad += missed
     if not keys:
-        raise DamagedMemberError(FRAMES_FILE, "none of its frames can be used; pack it again", shard_set)
+        raise DamagedMemberError(FRAMES_FILE, "none of its frames can be used; vggt-prep verify says why", shard_set)
     found = len(keys)
     for place in range(found, shape.views):  # where too few are left, views repeat, as in too short a sequence
         keys.append(keys[place % found])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shards import ShardSet
 from shards.locks import locked
-from train.engine.checkpoint import BEST, best_saved, find_newest, keep, load, step_file, steps_saved
+from train.engine.checkpoint import BEST, LATEST, best_saved, find_newest, keep, load, step_file, steps_saved
 from train.engine.settings import TrainConfig, read_config, to_dict
 from train.engine.streams import saved_streams
 from train.evaluation.history import ValidationHistory
@@ -31,6 +31,7 @@ MAY_CHANGE = {
     *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone", "checkpoint.best"),
 }
 REQUEUE_FILE = "requeue"
+CHECKPOINTS = "checkpoints"
 
 
 def check_place(out_dir: Path) -> None:
@@ -42,9 +43,15 @@ def check_place(out_dir: Path) -> None:
 
 @contextmanager
 def locked_folder(out_dir: Path) -> Iterator[None]:
-    """Make the folder of a run, for this run alone. Raises ValueError if another trainer is at work there."""
+    """Make the folder of a run, for this run alone. Raises ValueError if another trainer is at work there.
+
+    Its checkpoints may be a link to another disk, and another run's, too: that folder is locked as well.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
-    with locked(out_dir, f"{out_dir}: another trainer is at work there; give another out_dir"):
+    folder = out_dir / CHECKPOINTS
+    with ExitStack() as held:
+        for place in (out_dir, folder) if folder.is_symlink() and folder.is_dir() else (out_dir,):
+            held.enter_context(locked(place, f"{place}: another trainer is at work there; give another out_dir"))
         yield
 
 
@@ -54,7 +61,8 @@ def find_start(config: TrainConfig, out_dir: Path, *, repair: bool) -> Path | No
     Raises ValueError if there are traces of a run that had checkpoints and has none that is whole: nothing is erased
     before somebody has looked. A run that was killed before its first checkpoint just starts again.
     """
-    newest = find_newest(out_dir / "checkpoints", repair=repair)
+    _check_checkpoints(out_dir / CHECKPOINTS)
+    newest = find_newest(out_dir / CHECKPOINTS, repair=repair)
     if newest is not None:
         return newest
     lines = read_jsonl(out_dir / METRICS_FILE) + ValidationHistory(out_dir).lines
@@ -69,6 +77,19 @@ def find_start(config: TrainConfig, out_dir: Path, *, repair: bool) -> Path | No
             f"into {out_dir / 'checkpoints'}, or {_elsewhere(config)}"
         )
     return None
+
+
+def _check_checkpoints(folder: Path) -> None:
+    """Raises ValueError if no checkpoint could be saved there: better now than after hours."""
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder}: a link to {folder.readlink()}, which is not there; mount it, or remove the link")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file, where checkpoints go; move it elsewhere")
+    for link in (folder / LATEST, folder / BEST):
+        if link.is_dir() and not link.is_symlink():
+            raise ValueError(f"{link}: a folder, where a link to a checkpoint goes; move it elsewhere")
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: you may not write there")
 
 
 def load_run(path: Path) -> dict[str, Any]:

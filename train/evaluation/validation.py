@@ -36,7 +36,7 @@ class Validation:
 
     @property
     def unreadable(self) -> list[str]:
-        """The scenes that have no metrics."""
+        """The scenes that have no metrics: other views than at other times would be compared."""
         return [name for name, metrics in zip(self.names, self.by_scene, strict=True) if not metrics]
 
     def means(self, source: int | None = None) -> Metrics:
@@ -85,7 +85,7 @@ class Validator:
             if len(mine) >= counted:  # a repeated scene, for ranks that share a model take equally many steps
                 continue
             name = sequence_name(self.split, scene)
-            usable = scene_name(raw) == name  # else the loader took another sequence, which may be in the plan as well
+            usable = scene_name(raw) == name and not any(raw["bad"].values())  # else other views took their place
             metrics = scene_losses(predictions, batch, self.loss) | scene_metrics(predictions, batch) if usable else {}
             mine.append((name, scene.source, metrics))
             if usable and world.is_main and len(pictured) < PICTURED:

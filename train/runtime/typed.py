@@ -6,12 +6,13 @@ import dataclasses
 import difflib
 import math
 import os
-import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from train.runtime.yaml_files import parse_yaml
 
 Location = Annotated[str, "a path, whose ~ is expanded, a URL or a name"]
 
@@ -123,12 +124,8 @@ def _read_text(kind: Any, text: str, name: str) -> Any:
     takes_list = any(get_origin(kind) is tuple for kind in kinds)
     if takes_text and not (takes_list and text.startswith("[")):
         return str(text)
-    if int in kinds and re.fullmatch(r"[+-]?\d+", text):  # YAML 1.1 reads a leading 0 as octal
-        return int(text)
-    if int in kinds and ":" in text:  # ... and 1:30 in base 60
-        raise ValueError(f"{name}: expected int, found {text!r}")
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: {text!r} is not readable as a YAML value") from error
 
@@ -144,7 +141,7 @@ def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{name}: expected float, found {value!r} ({type(value).__name__})")
     try:
-        number = float(value)  # also of text: YAML 1.1 takes 5e-5 for a word
+        number = float(value)  # also of text, such as nan
     except OverflowError:
         number = math.inf
     except ValueError as error:

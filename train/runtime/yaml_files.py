@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import yaml
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Rejects repeated keys: YAML would silently keep only the last of two `data:` sections."""
+class _Loader(yaml.SafeLoader):
+    """Rejects repeated keys: YAML would silently keep only the last of two `data:` sections.
+
+    Numbers are decimal: YAML 1.1 reads 010 as 8, 1:30 as 90, and 5e-5 as a word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -20,10 +24,29 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+NUMBERS = {
+    INT: r"[-+]?[0-9]+$",
+    FLOAT: r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in NUMBERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for tag, number in NUMBERS.items():
+    _Loader.add_implicit_resolver(tag, re.compile(number), list("-+.0123456789"))
+_Loader.add_constructor(INT, lambda _, node: int(node.value))
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """The keys and values of a file. Raises ValueError that begins with `what` if it is missing or not readable."""
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        loaded = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{what}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ from train.config import load_config
 from train.data.plan import DataState, TrainingPlan
 from train.data.split import Split
 from train.engine.checkpoint import mark_best, save
-from train.engine.folder import keep_former_choices, with_init_of
+from train.engine.folder import find_start, keep_former_choices, locked_folder, with_init_of
 from train.engine.settings import to_dict
 from train.evaluation.history import VALIDATION_FILE, ValidationHistory, compared_plan
 from train.evaluation.metrics import METRICS
@@ -478,6 +478,61 @@ def test_real_captures_train_are_killed_resume_export_and_load(real_set, publish
     assert before.state_dict().keys() == after.state_dict().keys()
     moved = {name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])}
     assert {name.partition(".")[0] for name in moved} == {"camera_head", "depth_head"}
+
+
+def test_a_place_where_no_checkpoint_could_be_saved_is_refused_at_the_start(tmp_path):
+    config = load_config(None, ["init=a"])
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.symlink_to(tmp_path / "not mounted")
+    with pytest.raises(ValueError, match=r"checkpoints: a link to .*not mounted, which is not there; mount it"):
+        find_start(config, tmp_path, repair=True)
+    checkpoints.unlink()
+    checkpoints.write_text("")
+    with pytest.raises(ValueError, match="checkpoints: a file, where checkpoints go"):
+        find_start(config, tmp_path, repair=True)
+    checkpoints.unlink()
+    (checkpoints / "latest").mkdir(parents=True)
+    with pytest.raises(ValueError, match="latest: a folder, where a link to a checkpoint goes"):
+        find_start(config, tmp_path, repair=True)
+
+
+def test_checkpoints_that_two_runs_share_through_a_link_are_locked(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoints").symlink_to(tmp_path / "scratch")
+    with (
+        locked_folder(tmp_path / "a"),
+        pytest.raises(ValueError, match="b/checkpoints: another trainer is at work there"),
+        locked_folder(tmp_path / "b"),
+    ):
+        pass
+    with locked_folder(tmp_path / "b"):
+        pass
+
+
+def test_a_scene_of_which_a_view_was_replaced_is_not_compared_with_itself(shard_dir, tmp_path):
+    """Seven scenes to validate on; one loses a frame between two validations."""
+    shutil.copytree(shard_dir, tmp_path / "set")
+    swapped = [
+        "data.train_split=test",
+        "data.val_split=train",
+        "data.val_scenes=7",
+        "data.val_views=24",
+        "data.max_bad=1",
+    ]
+    options = [*SCRATCH, *swapped, "val_every=1"]
+    done = run_trainer(tmp_path / "set", tmp_path / "run", *options, "max_steps=1")
+    assert done.returncode == 0, done.stderr
+    tar = next(iter(sorted((tmp_path / "set").glob("train-*.tar"))))
+    content = bytearray(tar.read_bytes())
+    content[5000] ^= 1
+    tar.write_bytes(content)
+    done = run_trainer(tmp_path / "set", tmp_path / "run", *options, "max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 7 scenes cannot be read" in done.stdout
+    lines = read_jsonl(tmp_path / "run" / "validation.jsonl")
+    assert [sum(len(scene) == 1 for scene in line["scenes"]) for line in lines] == [0, 0, 1]
 
 
 def test_the_guard_says_harm_at_once_and_stops_a_run_that_does_it(shard_dir, tmp_path):
