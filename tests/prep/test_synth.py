@@ -162,7 +162,7 @@ def test_an_interrupted_rendering_is_made_again(tmp_path):
 def test_a_link_to_an_empty_folder_is_filled_and_stays_one(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    done = vggt_prep("synth", "--out", tmp_path / "out", "--scenes", 1, "--frames", 1)
+    done = vggt_prep("synth", "--out", tmp_path / "out", "--scenes", 8, "--frames", 1)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk" / "synth.json").is_file()

@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_that_is_promised(whole_run):
     assert sheet is not None
     assert sheet.std() > 20
     losses = metrics(out)
-    assert {(0, "test"), (8, "test"), *((i, "train") for i in range(1, 9))} == set(losses)
+    assert {(0, "test"), (8, "test"), (8, "guard"), *((i, "train") for i in range(1, 9))} == set(losses)
     assert "loss_camera" in losses[8, "train"]
     tested = [line for line in read_jsonl(out / "metrics.jsonl") if line["split"] == "test"]
     assert {name for name, figure in METRICS.items() if "point" not in figure.heads} < set(tested[0])
