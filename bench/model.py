@@ -3,10 +3,11 @@
     python bench/model.py speed      a middle-sized model: kept outputs and head chunks, against doing without
     python bench/model.py memory     full size: peak memory of training and inference by views, a process each
     python bench/model.py full       full size: a training step's time, against keeping everything
+    python bench/model.py lora       full size: adapters on all attention of the aggregator: memory by views, and time
 
 `plain` keeps the outputs of all pairs of blocks and sends all frames through a dense head at once, without
-recomputation. All in float32 on the CPU, images of 266x518, camera and depth head trained, aggregator frozen.
-`memory` and `full` need 16 GB.
+recomputation; `by block` keeps the input of each block that is computed again, as is usual. All in float32 on the CPU,
+images of 266x518, camera and depth head trained, aggregator frozen. All but `speed` need 16 GB.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import contextlib
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from train.objective.losses import LossConfig, losses, normalizer_of
 from train.objective.targets import normalize_scenes
 from vggt import VGGT, VGGTConfig
+from vggt.layers import Block
+from vggt.lora import add_lora
+from vggt.memory import recompute
 
-PROCESSES = ("train", "train-plain", "infer", "infer-all")
+PROCESSES = ("train", "train-plain", "infer", "infer-all", "lora", "lora-by-block")
+ATTENTION = ("*aggregator*attn.qkv", "*aggregator*attn.proj")
 HEIGHT, WIDTH = 266, 518
 MIDDLE = {
     "embed_dim": 384,
@@ -75,6 +83,22 @@ def unchunked(model: VGGT) -> Iterator[None]:
         yield
     finally:
         model.depth_head.chunk = chunk
+
+
+@contextlib.contextmanager
+def by_block(model: VGGT) -> Iterator[None]:
+    """Each block of the trunk keeps its input, and runs again in the backward pass."""
+    blocks = [module for module in model.aggregator.modules() if isinstance(module, Block)]
+    model.aggregator.config = replace(model.config, recompute=False)
+    model.aggregator.patch_embed.recompute = False
+    for block in blocks:
+        block.forward = partial(recompute, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+        model.aggregator.config, model.aggregator.patch_embed.recompute = model.config, model.config.recompute
 
 
 def batch_of(views: int) -> dict[str, Tensor]:
@@ -136,37 +160,62 @@ def memory(chunk: int) -> None:
         (f"inference, 4 outputs kept, head in chunks of {chunk}", "infer", (2, 4, 8)),
         (f"inference, 24 outputs kept, head in chunks of {chunk}", "infer-all", (2, 4, 8)),
     ):
-        print(title)
-        last = None
-        for views in all_views:
-            command = [sys.executable, __file__, kind, "--views", str(views), "--chunk", str(chunk)]
-            peak = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-            growth = f", {(peak - last[1]) / (views - last[0]):.3f} GB a view more" if last else ""
-            print(f"  {views:3} views: {peak:6.2f} GB{growth}", flush=True)
-            last = (views, peak)
+        print_growth(title, kind, all_views, chunk)
+
+
+def print_growth(title: str, kind: str, all_views: tuple[int, ...], chunk: int) -> None:
+    print(title)
+    last = None
+    for views in all_views:
+        command = [sys.executable, __file__, "part", "--kind", kind, "--views", str(views), "--chunk", str(chunk)]
+        peak, seconds = map(
+            float, subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+        )
+        growth = f", {(peak - last[1]) / (views - last[0]):.3f} GB a view more" if last else ""
+        print(f"  {views:3} views: {peak:6.2f} GB{growth}, {seconds:.0f} s", flush=True)
+        last = (views, peak)
+
+
+def lora(chunk: int) -> None:
+    for title, kind, all_views in (("by block", "lora-by-block", (4, 8)), ("as it is", "lora", (4, 8, 16))):
+        print_growth(f"training adapters of rank 16, {title}", kind, all_views, chunk)
+    model = adapted(MIDDLE, chunk)
+    for views in (2, 4, 8):
+        parts = {"work": train, "model": model, "batch": batch_of(views)}
+        found = ratio(within(**parts), within(by_block, **parts))
+        print(f"middle-sized model, {views} views, time over by block: {found}", flush=True)
+
+
+def adapted(sizes: dict, chunk: int | None) -> VGGT:
+    model = build(sizes, chunk)
+    add_lora(model, ATTENTION, rank=16, alpha=16)
+    return model
 
 
 def peak(kind: str, views: int, chunk: int) -> None:
-    """What a process of its own does: prints its peak resident memory in GB (10^9 bytes)."""
-    contexts = {"train-plain": (keeping_all, unchunked), "infer-all": (keeping_all,)}.get(kind, ())
-    work = train if kind.startswith("train") else infer
-    within(*contexts, work=work, model=build({}, chunk), batch=batch_of(views))()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    """What a process of its own does: prints its peak resident memory in GB (10^9 bytes), and the time it took."""
+    contexts = {"train-plain": (keeping_all, unchunked), "infer-all": (keeping_all,), "lora-by-block": (by_block,)}
+    work, make = infer if kind.startswith("infer") else train, adapted if kind.startswith("lora") else build
+    run = within(*contexts.get(kind, ()), work=work, model=make({}, chunk), batch=batch_of(views))
+    began = time.monotonic()
+    run()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, time.monotonic() - began)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory", "full", *PROCESSES))
+    parser.add_argument("what", choices=("speed", "memory", "full", "lora", "part"))
     parser.add_argument("--chunk", type=int, default=VGGTConfig().head_chunk, help="frames of a dense head's chunk")
+    parser.add_argument("--kind", choices=PROCESSES, help=argparse.SUPPRESS)
     parser.add_argument("--views", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.what in PROCESSES:
-        peak(arguments.what, arguments.views, arguments.chunk)
+    if arguments.what == "part":
+        peak(arguments.kind, arguments.views, arguments.chunk)
     elif arguments.what == "speed":
         speed()
     else:
-        {"memory": memory, "full": full}[arguments.what](arguments.chunk)
+        {"memory": memory, "full": full, "lora": lora}[arguments.what](arguments.chunk)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ class Sink(Reporter):
 class LoopOnly(Run):
     """A run without validations and checkpoints."""
 
-    def _validate(self, state: DataState) -> bool:
-        return False
+    def _validate(self, state: DataState) -> None:
+        pass
 
     def _save(self, state: DataState, *, stopped: bool = False) -> None:
         pass

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from vggt.config import VGGTConfig
 from vggt.layers import Block, first_and_rest, rope_table
-from vggt.memory import run_block
+from vggt.memory import FRAMES, map_frames, needs_graph, recompute
 from vggt.vit import VisionTransformer
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, see rope_table
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -74,14 +76,28 @@ class Aggregator(nn.Module):
         cos, sin = rope_table(rows, columns, self.num_special, head_dim, self.config.rope_base, x.device)
         rope, scene_rope = (cos, sin), (cos.repeat(s, 1), sin.repeat(s, 1))
 
-        kept = {}
-        for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
-            x = run_block(frame_block, x.reshape(b * s, p, dim), rope, again=self.config.recompute)
-            frame = x
-            x = run_block(global_block, x.view(b, s * p, dim), scene_rope, again=self.config.recompute)
+        x, kept = x.view(b, s, p, dim), {}
+        for i in range(self.config.depth):
+            frame, x = self._pair(i, x, rope, scene_rope)
             if i in keep:
-                kept[i] = torch.cat([frame.view(b, s, p, dim), x.view(b, s, p, dim)], dim=-1)
+                kept[i] = torch.cat([frame, x], dim=-1)
         return kept
+
+    def _pair(self, number: int, x: Tensor, rope: Rope, scene_rope: Rope) -> tuple[Tensor, Tensor]:
+        """What a frame-wise block makes of x [B, S, P, dim], and what the scene-wise block after it makes of that.
+
+        If a gradient flows here, only x is kept. In the backward pass both run again; the frame-wise one even twice, so
+        that it need not be kept while the scene-wise one is: a tenth more time, a quarter less memory a view.
+        """
+        frame_block, global_block = self.frame_blocks[number], self.global_blocks[number]
+        again = self.config.recompute and needs_graph(x, frame_block, global_block)
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            chunk = FRAMES if again else None
+            frame = map_frames(lambda part: frame_block(part[0], rope), [x.flatten(0, 1)], chunk).view_as(x)
+            return frame, global_block(frame.flatten(1, 2), scene_rope).view_as(x)
+
+        return recompute(both, x) if again else both(x)
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+FRAMES = 2  # that go through a frame-wise block of the trunk at a time, if it is computed again
+
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), recomputed in the backward pass instead of keeping activations; any shapes.
@@ -20,10 +22,10 @@ def recompute(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def run_block(block: nn.Module, x: Tensor, *args: Any, again: bool) -> Tensor:
-    """block(x, *args); if `again` and anything in it needs a gradient, keeping only its input. x: [B, N, dim]."""
-    needs_graph = x.requires_grad or any(p.requires_grad for p in block.parameters())
-    return recompute(block, x, *args) if needs_graph and again else block(x, *args)
+def needs_graph(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether a gradient will flow through these modules, or to them."""
+    trains = any(p.requires_grad for module in modules for p in module.parameters())
+    return torch.is_grad_enabled() and (x.requires_grad or trains)
 
 
 def map_frames(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], chunk: int | None) -> Tensor:
@@ -35,7 +37,7 @@ def map_frames(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor],
     if chunk is None:
         return function(inputs)
     parts = zip(*(x.split(chunk) for x in inputs), strict=True)
-    return torch.cat([recompute(function, list(part)) for part in parts])
+    return torch.cat([recompute(lambda *tensors: function([*tensors]), *part) for part in parts])
 
 
 def hold_in_bf16(module: nn.Module) -> None:

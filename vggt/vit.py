@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vggt.config import VGGTConfig
 from vggt.layers import Block
-from vggt.memory import run_block
+from vggt.memory import FRAMES, map_frames, needs_graph
 
 
 class PatchProjection(nn.Module):
@@ -45,14 +45,21 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized images [N, 3, H, W] -> normalized patch tokens [N, H/14 * W/14, dim]."""
+        """Normalized images [N, 3, H, W] -> normalized patch tokens [N, H/14 * W/14, dim].
+
+        If it trains, nothing is kept but the images: it runs again in the backward pass, a few images at a time.
+        """
+        again = self.recompute and needs_graph(images, self)
+        return map_frames(lambda part: self._encode(part[0]), [images], FRAMES) if again else self._encode(images)
+
+    def _encode(self, images: Tensor) -> Tensor:
         n, _, height, width = images.shape
         patches = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(n, -1, -1), patches], dim=1)
         x = x + self.position_embedding(height // self.patch_size, width // self.patch_size)
         x = torch.cat([x[:, :1], self.register_tokens.expand(n, -1, -1), x[:, 1:]], dim=1)
         for block in self.blocks:
-            x = run_block(block, x, again=self.recompute)
+            x = block(x)
         return self.norm(x)[:, 1 + self.num_registers :]
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:
