@@ -14,7 +14,8 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # vggt-nano, which comes with the project, unless there is a larger model.
-CONFIG := train/configs/$(if $(filter-out nano,$(INIT)),default,nano).yaml
+RECIPE ?= $(if $(filter-out nano,$(INIT)),default,nano)
+CONFIG  = train/configs/$(RECIPE).yaml
 DEMO   := data/demo
 # One process needs no torchrun, whose report after an error hides what the error was.
 LAUNCH  = $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
@@ -41,7 +42,7 @@ help:
 	@echo "make setup       only create .venv and install into it"
 	@echo "make test        all tests except the slow ones;  make test-slow: those;  make check: lint and types"
 	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
-	@echo "make proof       that it learns: rendered scenes it has not seen, and overfitting one scene: 15 minutes"
+	@echo "make proof       that it learns: rendered scenes it has not seen, what is forgotten, overfitting one scene: 30 minutes"
 	@echo "make nano        make vggt-nano, which comes with the project, from nothing: a night on two cores, minutes on a GPU"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
@@ -51,6 +52,7 @@ help:
 	@echo "SHARDS=data/shards    where the packed data goes, or is"
 	@echo "PACK=                 options of vggt-prep pack, such as PACK='--test kitchen'; see .venv/bin/vggt-prep pack --help"
 	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: vggt-nano, which comes with the project)"
+	@echo "RECIPE=               one of train/configs, such as lora: adapters, for few captures (default: with INIT default, else nano)"
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
 	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: finetune with INIT, else captures, co3d, SHARDS' name, demo)"
 	@echo "ARGS=                 more settings, such as ARGS='optim.lr=1e-5 epochs=5'; see train/configs/default.yaml"
@@ -120,6 +122,7 @@ bench: setup
 
 proof: shards
 	@$(BIN)/python bench/proof.py heldout --out data/proof
+	@$(BIN)/python bench/proof.py finetune --out data/finetune
 	@$(BIN)/python bench/proof.py overfit --shards "$$SHARDS"
 
 NANO := data/nano

@@ -126,7 +126,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         damaged |= bad  # the same for each checkpoint, as the baselines are
     if not world.is_main:
         return
-    results = make_results(evaluator.sequences, protocol, checkpoints, baselines)
+    results = make_results(evaluator.sequences, protocol, checkpoints, baselines, evaluator.metric)
     for label, row in results["checkpoints"].items():
         row["heads"] = heads[label]
     results |= {"shards": {str(shard_set): shard_set.digest for shard_set in shard_sets}}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BIN, run_command, vggt_prep
 from evaluations import OPTIONS, changed, evaluate_here
+from layout_writers import WRITERS, rendered
 from runs import LOCAL, SCRATCH, run_trainer
 from scipy.spatial.transform import Rotation
 
@@ -107,6 +108,40 @@ def test_several_shard_sets_are_evaluated_together_and_each_by_itself(
     assert found[label]["rotation_deg"]["mean"] == pytest.approx(np.mean(rest))
     said = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path / 'b'} alone ({len(rest)} sequences): {label} pose AUC@30" in said
+
+
+def test_what_is_gained_on_one_set_and_lost_on_another_is_said(shard_dir, captures, exported, tmp_path, capsys):
+    """A checkpoint whose depths are worse; and whose sizes are told where lengths are meters."""
+
+    def spoil(state):
+        state["depth_head.scratch.output_conv2.2.weight"] *= -3
+
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations", "--split", "train")
+    done = vggt_prep("pack", *source, "--out", tmp_path / "balls", "--category", "balls", "--short-side", 100)
+    assert done.returncode == 0, done.stderr
+    for seed in (1, 2):
+        views = rendered(frames=15, seed=seed)
+        WRITERS["tum"](tmp_path / "captures" / str(seed), views)  # in meters
+    fx, fy, cx, cy = views[0].intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]]
+    options = ("--intrinsics", f"{fx},{fy},{cx},{cy}", "--test-tail", 0.2, "--trust", "--short-side", 100)
+    done = vggt_prep("pack", tmp_path / "captures", "--out", tmp_path / "tum", *options)
+    assert done.returncode == 0, done.stderr
+    spoilt, options = (
+        changed(exported, tmp_path / "spoilt.pt", spoil),
+        ("--min-frames", "10", "--shards", str(tmp_path / "tum")),
+    )
+    found = evaluate_here(tmp_path / "balls", [exported, spoilt], tmp_path / "out", *OPTIONS, *options)
+    for place in ("balls", "tum"):
+        part = found["by_shards"][str(tmp_path / place)]
+        change = next(c for c in part["comparisons"] if c["metric"] == "depth_abs_rel")
+        scenes = [scene for scene in found["scenes"] if scene["shards"] == str(tmp_path / place)]
+        both = [np.mean([s["metrics"][str(path)]["depth_abs_rel"] for s in scenes]) for path in (exported, spoilt)]
+        assert change["means"] == pytest.approx(both)
+        assert both[0] != both[1]
+    assert found["sizes"][str(exported)]["scenes"] == 2
+    said = capsys.readouterr().out
+    assert f"Against {exported}, on {tmp_path / 'tum'} alone:" in said
+    assert f"{exported}: takes things for" in said
 
 
 def test_protocol_draws_depend_on_names_and_seed_alone(shard_dir):

@@ -18,6 +18,7 @@ from train.evaluation.predict import Metrics, predict, scene_name
 from train.evaluation.protocol import EvalSequence
 from train.evaluation.results import Evaluation
 from train.evaluation.scene_result import SceneResult, scene_result
+from train.evaluation.sizes import is_metric, size_ratio
 from train.objective.targets import Batch
 from train.runtime.distributed import World
 from train.runtime.jsonl import finite_or_none
@@ -45,7 +46,7 @@ class Evaluator:
         world, my_sequences = self.world, self.sequences[self.world.rank :: self.world.size]
         for sequence, (raw, batch, predictions) in zip(my_sequences, self._predict(model, my_sequences), strict=True):
             usable = scene_name(raw) == sequence.label  # else the loader took another sequence
-            metrics = scene_metrics(predictions, batch) if usable else {}
+            metrics = scene_metrics(predictions, batch) | size_ratio(predictions, batch) if usable else {}
             mine.append((metrics, baseline_metrics(batch, self.mean_pose) if usable else {}))
             bad.update(raw["bad"])
             self._show_progress(len(mine))
@@ -57,6 +58,12 @@ class Evaluator:
             for name in BASELINES
         ]
         return evaluation, baselines, sum((b for _, b in by_rank), Counter())
+
+    @property
+    def metric(self) -> list[bool]:
+        """Of each sequence, whether its lengths are known to be meters."""
+        sets = self.split.shard_sets
+        return [is_metric(sets[one.step.scenes[0].source], one.name) for one in self.sequences]
 
     def gallery(self, model: VGGT, evaluation: Evaluation) -> list[tuple[str, SceneResult]]:
         """The best, the median and the worst scenes, predicted again: why each is there, and what to draw."""

@@ -12,6 +12,7 @@ from train.evaluation.bootstrap import estimate, group_mean
 from train.evaluation.comparison import compare
 from train.evaluation.metrics import HEADLINE, METRICS
 from train.evaluation.protocol import EvalSequence, Protocol
+from train.evaluation.sizes import summarize_sizes
 
 # VGGT-1B, feed-forward, on Co3D: arXiv:2503.11651, and the fast variant of its published evaluation.
 REFERENCES: dict[bool, dict[str, float]] = {  # by Protocol.fast
@@ -36,8 +37,12 @@ def make_results(
     protocol: Protocol,
     checkpoints: list[Evaluation],
     baselines: list[Evaluation],
+    metric: Sequence[bool],
 ) -> dict[str, Any]:
-    """The results as JSON's types. The first checkpoint is what the others are compared with."""
+    """The results as JSON's types. The first checkpoint is what the others are compared with.
+
+    metric: of each sequence, whether its lengths are known to be meters.
+    """
     categories = [sequence.category for sequence in sequences]
     best = {metric: best_baseline(baselines, metric, categories) for metric in COMPARED}
     pairs = [(best[metric], e, metric) for e in checkpoints for metric in COMPARED]
@@ -54,7 +59,11 @@ def make_results(
         "reference": {} if protocol.deviations else {REFERENCE: REFERENCES[protocol.fast]},
         "comparisons": _comparisons([(checkpoints[0], e, m) for e in checkpoints[1:] for m in COMPARED], categories),
         "against_baseline": _comparisons([(b, e, m) for b, e, m in pairs if b is not None], categories),
-        "by_shards": _by_shards(sequences, everyone),
+        "by_shards": _by_shards(sequences, checkpoints, baselines),
+        "sizes": {
+            e.label: summarize_sizes([row for row, known in zip(e.by_scene, metric, strict=True) if known])
+            for e in checkpoints
+        },
         "scenes": [
             {
                 "shards": sequence.shards,
@@ -106,14 +115,18 @@ def _comparisons(pairs: list[tuple[Evaluation, Evaluation, str]], categories: li
     return rows
 
 
-def _by_shards(sequences: Sequence[EvalSequence], everyone: Sequence[Evaluation]) -> dict[str, Any]:
-    """Each shard set by itself, if there are several."""
+def _by_shards(
+    sequences: Sequence[EvalSequence], checkpoints: list[Evaluation], baselines: list[Evaluation]
+) -> dict[str, Any]:
+    """Each shard set by itself, if there are several: the metrics of all, the changes from the first checkpoint."""
     sources = list(dict.fromkeys(sequence.shards for sequence in sequences))
     parts: dict[str, Any] = {}
     for source in sources if len(sources) > 1 else ():
         places = [i for i, sequence in enumerate(sequences) if sequence.shards == source]
-        part = [sequences[i] for i in places]
-        parts[source] = {"sequences": len(part)} | {
-            e.label: summarize(Evaluation(e.label, [e.by_scene[i] for i in places]), part)["metrics"] for e in everyone
-        }
+        part, categories = [sequences[i] for i in places], [sequences[i].category for i in places]
+        alone = {e.label: Evaluation(e.label, [e.by_scene[i] for i in places]) for e in (*checkpoints, *baselines)}
+        first, *others = (alone[e.label] for e in checkpoints)
+        parts[source] = {label: summarize(evaluation, part)["metrics"] for label, evaluation in alone.items()}
+        changes = _comparisons([(first, other, metric) for other in others for metric in COMPARED], categories)
+        parts[source] |= {"sequences": len(part), "comparisons": changes}
     return parts

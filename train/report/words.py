@@ -127,7 +127,15 @@ def remarks(results: dict[str, Any]) -> list[str]:
         lines.append("Too few sequences for intervals: little can be concluded.")
     for source, part in results["by_shards"].items():
         lines.append(f"{source} alone ({count(part['sequences'], 'sequence')}): {_in_set(part, results)}")
+    lines += [f"{label}: {_size_words(sizes)}" for label, sizes in results["sizes"].items() if sizes]
     return lines
+
+
+def _size_words(sizes: dict[str, float]) -> str:
+    return (
+        f"takes things for {sizes['median']:.3g} times as large as they are (median of {sizes['scenes']:.0f} scenes in "
+        f"meters), two thirds of the scenes within a factor of {sizes['spread']:.2f} of that"
+    )
 
 
 def _in_set(part: dict[str, Any], results: dict[str, Any]) -> str:
@@ -175,6 +183,11 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         if compared:
             lines.append(f"Against {compared[0]['before']}:")
             lines += [f"  {comparison_line(c)}" for c in compared]
+        for source, part in results["by_shards"].items():  # gained on one, forgotten on another?
+            alone = [c for c in part["comparisons"] if c["after"] == label]
+            if alone:
+                lines.append(f"Against {alone[0]['before']}, on {source} alone:")
+                lines += [f"  {comparison_line(c)}" for c in alone]
     return lines
 
 

@@ -21,6 +21,7 @@ from train.evaluation.poses import (
     pose_metrics,
     relative_errors,
 )
+from train.evaluation.sizes import size_ratio, summarize_sizes
 from vggt.geometry import encode_pose, invert_se3, transform_points, unproject
 
 RNG = np.random.default_rng(0)
@@ -296,3 +297,21 @@ def test_predictions_that_are_not_finite_give_nan_not_a_figure():
     predictions["pose_enc"] = predictions["pose_enc"] * torch.nan
     found = scene_metrics(predictions, batch)
     assert all(np.isnan(value) != name.startswith("point_map") for name, value in found.items()), found
+
+
+def test_the_size_of_a_scene_is_measured_before_any_alignment_in_the_units_of_the_set():
+    depth = torch.rand(1, 3, 8, 9, generator=torch.Generator().manual_seed(0)) + 1
+    mask = torch.rand(1, 3, 8, 9, generator=torch.Generator().manual_seed(1)) > 0.3
+    batch = {"depth": depth, "mask": mask, "scale": torch.tensor([4.0]), "has_scale": torch.tensor([True])}
+    noise = torch.where(mask, 1, torch.tensor(100.0))  # where nothing is known, anything may be predicted
+    found = size_ratio({"depth": (depth * 6 * noise)[..., None]}, batch)
+    assert found["size_ratio"] == pytest.approx(1.5)  # a normalized unit is 4 meters, which it takes for 6
+    assert size_ratio({"depth": depth[..., None]}, batch | {"has_scale": torch.tensor([False])}) == {}
+    assert size_ratio({}, batch) == {}
+
+
+def test_the_spread_of_sizes_is_what_a_single_factor_would_leave():
+    for factor in (1.0, 0.5):
+        found = summarize_sizes([{"size_ratio": factor * ratio} for ratio in (0.5, 1.0, 2.0)] + [{}])
+        assert found == {"scenes": 3, "median": pytest.approx(factor), "spread": pytest.approx(2.0)}
+    assert summarize_sizes([{"size_ratio": 1.0}]) is None
