@@ -23,7 +23,7 @@ def recompute(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def needs_graph(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether a gradient will flow through these modules, or to them."""
+    """Whether a gradient will flow to x, of any shape [...], or to the weights of these modules."""
     trains = any(p.requires_grad for module in modules for p in module.parameters())
     return torch.is_grad_enabled() and (x.requires_grad or trains)
 

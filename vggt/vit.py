@@ -53,6 +53,7 @@ class VisionTransformer(nn.Module):
         return map_frames(lambda part: self._encode(part[0]), [images], FRAMES) if again else self._encode(images)
 
     def _encode(self, images: Tensor) -> Tensor:
+        """As forward, in one go: [N, 3, H, W] -> [N, H/14 * W/14, dim]."""
         n, _, height, width = images.shape
         patches = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(n, -1, -1), patches], dim=1)
