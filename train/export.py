@@ -25,6 +25,7 @@ from train.engine.settings import CONFIG_FILE
 from vggt import VGGT, VGGTConfig
 from vggt.config import PUBLISHED, RUNTIME, preset_of
 from vggt.damage import damage
+from vggt.lora import UP
 from vggt.weights import (
     ADAPTERS_KEY,
     FILE_SUFFIXES,
@@ -77,7 +78,8 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         raise ValueError(f"{checkpoint}: not a checkpoint of the trainer, it has no {', '.join(sorted(missing))}")
     if init is not None and saved["config"]["init"] is None:
         raise ValueError(f"--init: {checkpoint} is of a run from scratch, which started from nothing")
-    config, given, init = saved["model_config"] | RUNTIME, init, init or saved["config"]["init"]
+    adapters, given = saved.get(ADAPTERS_KEY), init
+    config, init = saved["model_config"] | RUNTIME, init or (adapters or saved["config"])["init"]
     if out.suffix and out.suffix not in FILE_SUFFIXES and not out.is_dir():
         raise ValueError(
             f"{out}: expected a name that ends in {' or '.join(FILE_SUFFIXES)}, or one of a folder, without a dot"
@@ -89,12 +91,12 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
     folder = out.absolute().parent.resolve()
     if folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).exists():
         raise ValueError(f"{out}: is among the checkpoints of a run, which is resumed from them; give another --out")
-    if ADAPTERS_KEY in saved:
+    if adapters is not None:
         try:
-            state = with_base(checkpoint, saved["model"], saved[ADAPTERS_KEY], given)
+            state = with_base(checkpoint, saved["model"], adapters, given)
         except ValueError as error:
             raise ValueError(f"{error}; give the one that it began from as --init") from error
-        return state, config | {"heads": list(heads_in(state))}, len(saved["model"])
+        return state, config | {"heads": list(heads_in(state))}, sum(not name.endswith(UP) for name in saved["model"])
     trained = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:
         return saved["model"], config, len(trained)

@@ -28,6 +28,7 @@ from train.engine.adapters import attach, checked_fingerprint, load_weights, ref
 from train.engine.checkpoint import steps_saved
 from train.engine.describe import describe_run, describe_start
 from train.engine.folder import (
+    CHECKPOINTS,
     REQUEUE_FILE,
     check_place,
     check_resumable,
@@ -194,14 +195,14 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     # Summary
     if not world.is_main:
         return
-    if ending == "stopped" and steps_saved(out_dir / "checkpoints"):
+    if ending == "stopped" and steps_saved(out_dir / CHECKPOINTS):
         reporter.say(f"stopped, and saved in {out_dir}/checkpoints; the same command resumes from there")
     elif ending == "stopped":
         reporter.say("stopped before the first step; the same command starts it again")
     else:
         if ending == "harmful":
             reporter.say("ended by guard=stop: the same metric was worse than at first in two validations in a row")
-        reporter.say(describe_run(config, out_dir, validated))
+        reporter.say(describe_run(config, out_dir, validated, whole=ending == "finished"))
 
 
 def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) -> tuple[VGGT, str | None]:

@@ -24,6 +24,7 @@ class Aggregator(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.config = config
+        self.frames_at_once: int | None = FRAMES  # None: all
         self.patch_embed = VisionTransformer(config)
         # One pair of each: index 0 for the reference view, index 1 for all the others.
         self.camera_token = nn.Parameter(torch.randn(1, 2, 1, dim) * 1e-6)
@@ -93,7 +94,7 @@ class Aggregator(nn.Module):
         again = self.config.recompute and needs_graph(x, frame_block, global_block)
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            chunk = FRAMES if again else None
+            chunk = (self.frames_at_once or x[..., 0, 0].numel()) if again else None
             frame = map_frames(lambda part: frame_block(part[0], rope), [x.flatten(0, 1)], chunk).view_as(x)
             return frame, global_block(frame.flatten(1, 2), scene_rope).view_as(x)
 

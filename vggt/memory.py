@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-FRAMES = 2  # that go through a frame-wise block of the trunk at a time, if it is computed again
+FRAMES = 2  # that go through the encoder, or a frame-wise block, at a time, if they are computed again
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vggt.config import VGGTConfig
 from vggt.layers import Block
-from vggt.memory import FRAMES, map_frames, needs_graph
+from vggt.memory import FRAMES, map_frames, needs_graph, recompute
 
 
 class PatchProjection(nn.Module):
@@ -27,6 +27,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.patch_size, self.recompute = config.patch_size, config.recompute
+        self.frames_at_once: int | None = FRAMES  # None: all
         self.stored_grid = config.image_size // config.patch_size
         self.num_registers = config.vit_registers
         self.patch_embed = PatchProjection(config.patch_size, dim)
@@ -47,20 +48,23 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images [N, 3, H, W] -> normalized patch tokens [N, H/14 * W/14, dim].
 
-        If it trains, nothing is kept but the images: it runs again in the backward pass, a few images at a time.
+        If it trains, it runs again in the backward pass: a few images at a time, with nothing kept but these, or all
+        images at once, block by block.
         """
         again = self.recompute and needs_graph(images, self)
-        return map_frames(lambda part: self._encode(part[0]), [images], FRAMES) if again else self._encode(images)
+        if again and self.frames_at_once is not None:
+            return map_frames(lambda part: self._encode(part[0], False), [images], self.frames_at_once)
+        return self._encode(images, again)
 
-    def _encode(self, images: Tensor) -> Tensor:
-        """As forward, in one go: [N, 3, H, W] -> [N, H/14 * W/14, dim]."""
+    def _encode(self, images: Tensor, by_block: bool) -> Tensor:
+        """As forward: [N, 3, H, W] -> [N, H/14 * W/14, dim]. by_block: whether each block runs again by itself."""
         n, _, height, width = images.shape
         patches = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(n, -1, -1), patches], dim=1)
         x = x + self.position_embedding(height // self.patch_size, width // self.patch_size)
         x = torch.cat([x[:, :1], self.register_tokens.expand(n, -1, -1), x[:, 1:]], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = recompute(block, x) if by_block else block(x)
         return self.norm(x)[:, 1 + self.num_registers :]
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:

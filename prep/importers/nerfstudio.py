@@ -114,6 +114,8 @@ def _camera(values: dict[str, Any], extrinsics: np.ndarray) -> OpenCVCamera | Fi
     distortion = _distortion(values)
     if "fl_x" not in values and "camera_angle_x" in values:
         angle = float(values["camera_angle_x"])
+        if not 0 < angle < math.pi:
+            raise ValueError(f"camera_angle_x {angle:g}: expected radians between 0 and pi")
         if "w" not in values or "h" not in values:
             if distortion is not None or {"cx", "cy", "fl_y"} & values.keys():
                 raise ValueError("camera_angle_x with cx, cy, fl_y or a distortion needs w and h, too")

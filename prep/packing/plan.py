@@ -56,7 +56,7 @@ class ShardJob:
             for path in (frame.image, depth, frame.mask):
                 try:
                     found = None if path is None else path.stat()
-                except OSError:
+                except (OSError, ValueError):  # a name that can be of no file
                     if path is frame.image:
                         return None
                     found = None

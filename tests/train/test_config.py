@@ -11,6 +11,7 @@ from conftest import ROOT, run_command
 from train.config import load_config
 from train.engine.settings import TrainConfig, read_config, to_dict, write_config
 from train.runtime.typed import flatten, options
+from train.runtime.yaml_files import dump_yaml, parse_yaml
 
 CONFIGS = ROOT / "train" / "configs"
 
@@ -43,6 +44,12 @@ def test_numbers_are_decimal_wherever_they_are_given(tmp_path):
     config = load_config(tmp_path / "run.yaml", ["init=a", "optim.weight_decay=1e-2", "data.val_scenes=0100"])
     assert (config.max_steps, config.optim.lr, config.optim.clip, config.data.views) == (10, 5e-5, 0.5, (2, 10))
     assert (config.optim.weight_decay, config.data.val_scenes) == (0.01, 100)
+    assert parse_yaml(dump_yaml({"a": "010", "b": "1e5", "c": 10, "d": 1e-5})) == {
+        "a": "010",
+        "b": "1e5",
+        "c": 10,
+        "d": 1e-5,
+    }
     (tmp_path / "run.yaml").write_text("max_steps: 1:30\n")
     for file, given in ((tmp_path / "run.yaml", []), (None, ["max_steps=1:30"]), (None, ["optim.lr=1:30"])):
         with pytest.raises(ValueError, match=r"expected (int|float), found '1:30'"):

@@ -229,7 +229,8 @@ def test_blocks_that_keep_their_activations_give_the_same_gradients(weights):
         torch.stack(model(gradient_images())["pose_enc_list"]).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+    for name, value in gradients[0].items():  # the others go through a few frames at a time, which rounds otherwise
+        assert (value - gradients[1][name]).abs().max() <= 1e-5 * max(gradients[1][name].abs().max(), 1e-6), name
 
 
 @pytest.mark.slow

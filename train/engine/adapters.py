@@ -38,7 +38,7 @@ def checked_fingerprint(state: Mapping[str, Tensor], init: str, expected: str | 
     if expected not in (None, found):
         raise ValueError(
             f"init: {init} is another checkpoint than the one that this run began from, and its adapters belong to "
-            "that one; put it back, or give its place as init"
+            "that one; put it back"
         )
     return found
 

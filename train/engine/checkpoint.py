@@ -33,7 +33,7 @@ class CheckpointConfig:
     best: str | tuple[str, ...] = documented(
         "loss_objective",
         "validation metric that chooses checkpoints/best; or several, [auc_30, depth_abs_rel]: their mean relative "
-        "change, and no headline metric worse beyond the noise",
+        "change, with no headline metric worse than at first beyond the noise",
     )
 
     def __post_init__(self) -> None:

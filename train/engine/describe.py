@@ -9,7 +9,8 @@ from pathlib import Path
 from shards.splits import SharedPlaces
 from train.data.plan import scenes_per_rank
 from train.data.split import Split
-from train.engine.checkpoint import BEST, LATEST, step_file
+from train.engine.checkpoint import BEST, LATEST, step_file, steps_saved
+from train.engine.folder import CHECKPOINTS
 from train.engine.settings import TrainConfig
 from train.evaluation.bootstrap import MIN_SCENES
 from train.evaluation.comparison import compare
@@ -109,15 +110,18 @@ def _validated(config: TrainConfig, val: Split | None, validated: SharedPlaces |
     return f"{count(validated.tested, 'sequence')} {of}, {validated.words}"
 
 
-def describe_run(config: TrainConfig, out_dir: Path, validated: SharedPlaces | None) -> str:
-    """What a finished run achieved, from its files."""
+def describe_run(config: TrainConfig, out_dir: Path, validated: SharedPlaces | None, *, whole: bool) -> str:
+    """What a run achieved, from its files. whole: whether it took all its steps."""
     logged = [line for line in read_jsonl(out_dir / METRICS_FILE, "split") if OBJECTIVE in line]
     trained = [line for line in logged if line["split"] == config.data.train_split]
     if not trained:
         return f"Done: {config.total_steps:,} steps. {out_dir / METRICS_FILE} has none of their losses."
     ends = [f"{line[OBJECTIVE]:.3f} (log line of step {line['step']:,})" for line in (trained[0], trained[-1])]
     moved = f"went from {ends[0]} to {ends[1]}" if len(trained) > 1 else f"was {ends[0]}"
-    text = ["", f"Done: {config.total_steps:,} steps. The training objective {moved}."]
+    done = (
+        f"Done: {config.total_steps:,}" if whole else f"Ended after {trained[-1]['step']:,} of {config.total_steps:,}"
+    )
+    text = ["", f"{done} steps. The training objective {moved}."]
     if validated:
         text += _validations(config, ValidationHistory(out_dir), validated)
     text.append("")
@@ -158,9 +162,11 @@ def _validations(config: TrainConfig, history: ValidationHistory, validated: Sha
 
 def _to_use(config: TrainConfig, history: ValidationHistory) -> list[str]:
     """The checkpoint to use: the best, what the run began from if nothing was better, or the last."""
-    folder, rule = history.out_dir / "checkpoints", config.checkpoint.best
-    by = rule if isinstance(rule, str) else f"{' and '.join(rule)} together, and no headline metric worse"
-    best = history.best_step(rule)
+    folder, rule = history.out_dir / CHECKPOINTS, config.checkpoint.best
+    by = (
+        rule if isinstance(rule, str) else f"{' and '.join(rule)} together, with no headline metric worse than at first"
+    )
+    best = history.best_step(rule, steps_saved(folder))
     if best == 0 and len(history.comparable) > 1:
         began = config.init or "nothing"
         return [f"Use:      what you started from, {began}: by {by}, no validation was better than the first"]

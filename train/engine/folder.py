@@ -74,7 +74,7 @@ def find_start(config: TrainConfig, out_dir: Path, *, repair: bool) -> Path | No
     if reached > flatten(before).get("checkpoint.every", 0):
         raise ValueError(
             f"{out_dir}: its {METRICS_FILE} goes up to step {reached}, but its checkpoints are gone; put them back "
-            f"into {out_dir / 'checkpoints'}, or {_elsewhere(config)}"
+            f"into {out_dir / CHECKPOINTS}, or {_elsewhere(config)}"
         )
     return None
 
@@ -156,7 +156,7 @@ def keep_former_choices(
 
     That is so if the metric, the plan or the scenes of validations have changed, or the file of them is gone.
     """
-    folder = out_dir / "checkpoints"
+    folder = out_dir / CHECKPOINTS
     milestone = before["checkpoint"].get("milestone")
     if milestone not in (None, now.checkpoint.milestone):
         for step in steps_saved(folder):

@@ -16,7 +16,7 @@ from train.data.scenes import blank_batch
 from train.data.split import Split
 from train.engine.adapters import adapters_content, saved_weights
 from train.engine.checkpoint import mark_best, save, steps_saved
-from train.engine.folder import REQUEUE_FILE
+from train.engine.folder import CHECKPOINTS, REQUEUE_FILE
 from train.engine.memory import explain_oom, peak_gb
 from train.engine.optim import Optimizers, set_lr
 from train.engine.parallel import full_state_dict
@@ -161,10 +161,11 @@ class Run:
             if result is None:
                 return self._end_early(state, None)
             self._publish(result, step)
-            if self.world.from_main(lambda: self._best_step(step) == step):
-                self._save(state)
+        best = self.world.from_main(lambda: self._best_step(step))
+        if best == step:
+            self._save(state)
         if self.world.is_main:
-            mark_best(self.out_dir / "checkpoints", self._best_step(step), self.config.checkpoint)
+            mark_best(self.out_dir / CHECKPOINTS, best, self.config.checkpoint)
         if self.config.guard == "stop" and self.world.from_main(lambda: is_harmful(history.comparable)):
             self._save(state)
             return "harmful"
@@ -208,7 +209,7 @@ class Run:
 
     def _best_step(self, step: int) -> int | None:
         """The step of the best validation among the first, `step`, and those that have a checkpoint."""
-        saved = {*steps_saved(self.out_dir / "checkpoints"), step}
+        saved = {*steps_saved(self.out_dir / CHECKPOINTS), step}
         return ValidationHistory(self.out_dir).best_step(self.config.checkpoint.best, saved)
 
     def _save(self, state: DataState, *, stopped: bool = False) -> None:
@@ -216,7 +217,7 @@ class Run:
 
         stopped: leave a file that asks for the run to be started again.
         """
-        world, folder = self.world, self.out_dir / "checkpoints"
+        world, folder = self.world, self.out_dir / CHECKPOINTS
         if state.step and not world.from_main(lambda: state.step in steps_saved(folder)):
             parts = saved_weights(self.model, self.config.model), self.optimizer.state_dict()
             weights, moments = (full_state_dict(part, world) for part in parts)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from shards.writer import atomic_file, set_aside
 from train.data.plan import DataConfig
 from train.engine.checkpoint import CheckpointConfig
@@ -19,7 +17,7 @@ from train.evaluation.metrics import METRICS
 from train.objective.losses import OBJECTIVE, LossConfig
 from train.runtime.precision import Precision
 from train.runtime.typed import Location, build, closest, documented
-from train.runtime.yaml_files import read_yaml
+from train.runtime.yaml_files import dump_yaml, read_yaml
 from vggt.config import PRESETS
 
 
@@ -53,7 +51,7 @@ class ModelConfig:
         1, "frames that go through a dense head at a time: fewer need less memory; null: all"
     )
     recompute: bool = documented(
-        True, "whether blocks that train run again in the backward pass: far less memory, a third more computing"
+        True, "whether blocks that train run again in the backward pass: far less memory, up to half more computing"
     )
     aggregator_dtype: Literal["fp32", "bf16"] = documented(
         "fp32", "bf16 halves the memory of a frozen aggregator's linear weights; results stay the same"
@@ -167,7 +165,7 @@ CONFIG_FILE = "config.yaml"  # of a run
 
 def write_config(out_dir: Path, config: TrainConfig, *, keep_other: bool) -> bool:
     """Write a run's configuration to its folder; returns whether another one was there and was set aside."""
-    path, content = out_dir / CONFIG_FILE, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
+    path, content = out_dir / CONFIG_FILE, dump_yaml(to_dict(config)).encode()
     kept = keep_other and path.is_file() and path.read_bytes() != content and set_aside(path)
     with atomic_file(path) as file:
         file.write(content)

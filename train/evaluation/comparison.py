@@ -9,6 +9,8 @@ from typing import Any
 from train.evaluation.bootstrap import Estimate, estimate, group_mean, is_finite
 from train.evaluation.metrics import METRICS
 
+LEAST = 0.01  # an AUC or an error that changes from less is not taken for many times better
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -26,8 +28,8 @@ class Comparison:
 
     @property
     def relative_gain(self) -> float:
-        """The improvement as a fraction of what was before; negative if it became worse."""
-        return self._good * self.change.mean / max(abs(self.before), 1e-9)
+        """The improvement as a fraction of what was before, at least LEAST; negative if it became worse."""
+        return self._good * self.change.mean / max(abs(self.before), LEAST)
 
     @property
     def _good(self) -> int:

@@ -34,16 +34,19 @@ def is_harmful(validations: Sequence[Mapping[str, Any]]) -> bool:
     return bool(set.intersection(*(set(worse(validations, -i)) for i in range(1, PATIENCE + 1))))
 
 
-def is_better(before: Mapping[str, Any], after: Mapping[str, Any], metrics: Sequence[str]) -> bool:
-    """Whether a validation is better than another one of the same scenes.
+def score(validations: Sequence[Mapping[str, Any]], of: int, metrics: Sequence[str]) -> float | None:
+    """How much better a validation is than the first: the mean change of `metrics`, each relative to what it was.
 
-    The mean change of `metrics`, each relative to its value before, must be for the better, no headline metric worse
-    beyond the noise, and no prediction infinite.
+    None if it does harm: a headline metric is worse beyond the noise, or a prediction infinite that was not at first.
+    Metrics that were not measured do not count.
     """
-    if any(None in scene.values() for scene in after["scenes"]):
-        return False
-    found = {name: compare(before["scenes"], after["scenes"], name) for name in {*metrics, *HEADLINE}}
-    if any(change is not None and change.gain < 0 for name, change in found.items() if name in HEADLINE):
-        return False
-    gains = [change.relative_gain for name in metrics if (change := found[name]) is not None]
-    return len(gains) == len(metrics) and sum(gains) > 0
+    first, scenes = validations[0]["scenes"], validations[of]["scenes"]
+    broken = any(
+        value is None and b.get(name, 0) is not None
+        for b, a in zip(first, scenes, strict=True)
+        for name, value in a.items()
+    )
+    if broken or worse(validations, of):
+        return None
+    found = [change.relative_gain for name in metrics if (change := compare(first, scenes, name)) is not None]
+    return sum(found) / len(found) if found else None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from train.data.plan import DataConfig
-from train.evaluation.guard import is_better
+from train.evaluation.guard import score
 from train.evaluation.metrics import METRICS
 from train.runtime.jsonl import append_line, finite_or_none, read_jsonl
 
@@ -53,18 +53,16 @@ class ValidationHistory:
     def best_step(self, metrics: str | Sequence[str], saved: Container[int] | None = None) -> int | None:
         """The step of the best validation, the first of equals; None if there is none.
 
-        metrics: by the mean of this one; or of several, the last one that was better than the best before it, see
-        is_better. saved: the steps that have a checkpoint; of the others only the first validation takes part.
+        metrics: by the mean of this one; or of several, by their score against the first validation, see guard.score.
+        saved: the steps that have a checkpoint; of the others only the first validation takes part.
         """
         lines = self.comparable
         lines = [line for line in lines if saved is None or line is lines[0] or line["step"] in saved]
         if isinstance(metrics, str):
             return _best_mean(lines, metrics)
-        best = lines[0] if lines else None
-        for line in lines[1:]:
-            assert best is not None
-            best = line if is_better(best, line, metrics) else best
-        return None if best is None else best["step"]
+        scores = [(score(lines, i, metrics) if i else 0.0, line["step"]) for i, line in enumerate(lines)]
+        harmless = [(value, -step) for value, step in scores if value is not None]
+        return -max(harmless)[1] if harmless else None
 
 
 def _best_mean(lines: list[Line], metric: str) -> int | None:

@@ -38,6 +38,18 @@ for tag, number in NUMBERS.items():
 _Loader.add_constructor(INT, lambda _, node: int(node.value))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for a number."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(values: Any) -> str:
+    """What parse_yaml reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_yaml(text: str) -> Any:
     """Raises yaml.YAMLError."""
     return yaml.load(text, _Loader)

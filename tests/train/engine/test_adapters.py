@@ -79,6 +79,15 @@ def test_merged_it_loads_wherever_the_original_does_and_predicts_what_the_run_di
         assert means[0] != means[1]
 
 
+def test_export_does_not_overwrite_what_the_adapters_belong_to(run, published, monkeypatch, tmp_path):
+    """Wherever it is called from: the run may have been given a path from its own folder."""
+    content = published.read_bytes()
+    done = export(run, published)
+    assert done.returncode == 1
+    assert "is what is to be exported" in done.stderr
+    assert published.read_bytes() == content
+
+
 def test_adapters_are_no_init_and_belong_to_one_checkpoint(run, shard_dir, published, tmp_path):
     done = run_trainer(shard_dir, tmp_path / "new", f"init={run}/checkpoints/latest", "max_steps=1")
     assert done.returncode == 1

@@ -145,6 +145,45 @@ def test_fsdp_and_ddp_have_the_same_curve_and_a_checkpoint_moves_between_them(sh
     close(metrics(runs["ddp"]), metrics(runs["fsdp"]), 1e-4)
 
 
+GATHERS = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from torch.utils._python_dispatch import TorchDispatchMode
+from train.engine.parallel import distribute
+from train.runtime.distributed import start_world
+from vggt import VGGT, preset
+
+class Gathers(TorchDispatchMode):
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "all_gather" in str(func) or "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+def count(world):
+    torch.manual_seed(0)
+    model = distribute(VGGT(preset("tiny", heads=("camera",))), "fsdp", bf16=False, world=world)
+    for views in (2, 2, 8):
+        with Gathers() as gathers:
+            torch.stack(model(torch.rand(1, views, 3, 28, 42))["pose_enc_list"]).square().mean().backward()
+        if world.is_main:
+            print("gathers", gathers.count, flush=True)
+
+with start_world(tf32=False) as world:
+    count(world)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_fsdp_gathers_weights_as_often_for_many_views_as_for_few(tmp_path):
+    done = run_ranks(GATHERS, tmp_path, ROOT / "tests")
+    assert done.returncode == 0, done.stderr
+    counts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("gathers")]
+    assert counts[1] == counts[2] > 10
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -545,6 +545,7 @@ def test_the_guard_says_harm_at_once_and_stops_a_run_that_does_it(shard_dir, tmp
     assert done.returncode == 0, done.stderr
     assert "WARNING: step 1: worse than at step 0 beyond the noise: " in done.stdout
     assert "ended by guard=stop" in done.stdout
+    assert "Ended after 2 of 5 steps." in done.stdout
     assert "Use:      what you started from, nano: by auc_30 and depth_abs_rel together" in done.stdout
     validations = [line["step"] for line in read_jsonl(out / "validation.jsonl")]
     assert validations == [0, 1, 2]

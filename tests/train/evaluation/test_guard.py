@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.evaluation.guard import changes, is_better, is_harmful
+from train.evaluation.guard import changes, is_harmful, score
 from train.evaluation.history import VALIDATION_FILE, ValidationHistory
 from train.runtime.jsonl import append_line
 
@@ -42,22 +42,30 @@ def test_chance_is_called_harm_no_more_often_than_intervals_of_95_percent_allow(
     assert sum(is_harmful(lines) for lines in draws) <= 3
 
 
-def test_better_is_what_gains_in_the_mean_and_harms_no_headline_metric():
-    start, metrics = validation(0), ("auc_30", "depth_abs_rel")
-    assert is_better(start, validation(1, auc_30=0.1), metrics)
-    assert not is_better(start, validation(1, auc_30=-0.1), metrics)
-    assert not is_better(start, validation(1, auc_30=0.1, rotation_deg=1), metrics)  # which is not listed
-    assert is_better(start, validation(1, auc_30=0.2, depth_abs_rel=0.0005), metrics)
-    broken = validation(1, auc_30=0.1)
+def scored(shifts, metrics=("auc_30", "depth_abs_rel"), first=None):
+    return score([first or validation(0), validation(1, **shifts)], 1, metrics)
+
+
+def test_the_score_is_the_mean_gain_over_the_first_and_none_where_a_headline_metric_got_worse():
+    assert scored({"auc_30": 0.1}) > 0.05
+    assert scored({"auc_30": 0.2, "depth_abs_rel": -0.05}) > scored({"auc_30": 0.2}) > scored({"auc_30": 0.1})
+    assert scored({"auc_30": -0.1}) is None
+    assert scored({"auc_30": 0.1, "rotation_deg": 1}) is None  # which is not listed
+    assert scored({"auc_30": 0.1}, ("auc_30", "points_chamfer")) == scored({"auc_30": 0.1}, ("auc_30",))  # not measured
+    start, broken = validation(0), validation(1, auc_30=0.1)
     broken["scenes"][0]["auc_30"] = None
-    assert not is_better(start, broken, metrics)
-    assert not is_better(start, validation(1, auc_30=0.1), ("auc_30", "points_chamfer"))  # not measured
+    assert score([start, broken], 1, ("auc_30",)) is None
+    start["scenes"][0]["auc_30"] = None  # it was so at first
+    assert score([start, broken], 1, ("auc_30",)) > 0.05
 
 
-def test_the_best_of_several_metrics_is_found_along_the_run(tmp_path):
+def test_the_best_does_no_harm_against_the_first_whatever_was_best_between_and_whatever_was_dropped(tmp_path):
+    """A drift that is within the noise from one validation to the next is not from the first to the last."""
     history, metrics = ValidationHistory(tmp_path), ("auc_30", "depth_abs_rel")
-    best = []
-    for step, shifts in enumerate(({}, {"auc_30": 0.1}, {"auc_30": 0.3, "rotation_deg": 3}, {"auc_30": 0.2})):
+    drift = ({}, {"auc_30": 0.05, "rotation_deg": 0.02}, {"auc_30": 0.1, "rotation_deg": 0.6}, {"auc_30": 0.03})
+    for step, shifts in enumerate(drift):
         append_line(tmp_path / VALIDATION_FILE, validation(step, **shifts))
-        best.append(history.best_step(metrics, {best[-1], step} if best else {0}))
-    assert best == [0, 1, 1, 3]
+    for saved in ({1, 2, 3}, {1, 3}, {0, 1}, None):
+        assert history.best_step(metrics, saved) == 1
+    assert history.best_step(metrics, {2, 3}) == 3
+    assert history.best_step(metrics, {2}) == 0
