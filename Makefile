@@ -31,6 +31,7 @@ $(USERS): export INIT := $(INIT)
 $(USERS): export RUN := $(RUN)
 # Whether SHARDS is the link to the demo's shards, which lie elsewhere.
 IS_DEMO = [ "$$(readlink "$$SHARDS")" = "$$(pwd -P)/$(DEMO)/shards" ]
+NO_DEMO = if $(IS_DEMO); then rm "$$SHARDS"; echo "$$SHARDS gets your data; the demo's is SHARDS=$(DEMO)/shards now"; fi
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards finetune eval test test-slow check bench proof nano clean
@@ -56,6 +57,7 @@ help:
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
 	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: finetune with INIT, else captures, co3d, SHARDS' name, demo)"
 	@echo "ARGS=                 more settings, such as ARGS='optim.lr=1e-5 epochs=5'; see train/configs/default.yaml"
+	@echo "                      values with spaces between quotes of their own: ARGS=\"'data.views=[2, 6]' seed=1\""
 	@echo "                      for make eval its options, such as ARGS='--protocol co3d-pose-fast'"
 
 setup: .venv/installed
@@ -73,10 +75,10 @@ setup: .venv/installed
 
 shards: setup
 ifneq ($(CAPTURES),)
-	@if $(IS_DEMO); then rm "$$SHARDS"; fi
+	@$(NO_DEMO)
 	@$(BIN)/vggt-prep pack $(CAPTURES) --out "$$SHARDS" $(PACK)
 else ifneq ($(CO3D_DIR),)
-	@if $(IS_DEMO); then rm "$$SHARDS"; fi
+	@$(NO_DEMO)
 	@$(BIN)/vggt-prep pack --co3d-dir "$$CO3D_DIR" --out "$$SHARDS" \
 	  $(if $(CO3D_ANNOTATION_DIR),--annotation-dir "$$CO3D_ANNOTATION_DIR") $(PACK)
 else

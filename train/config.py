@@ -26,7 +26,10 @@ def load_config(file: str | Path | None, overrides: list[str]) -> TrainConfig:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r}: expected key=value, such as seed=1 or data.shards=data/shards")
+            raise ValueError(
+                f"{override!r}: expected key=value, such as seed=1 or data.shards=data/shards; a value "
+                "with spaces or quotes goes between quotes of its own (with make ARGS=\"'key=[a, b]'\")"
+            )
         *parents, leaf = key.split(".")
         target = values
         for parent in parents:

@@ -47,17 +47,19 @@ from train.engine.run import Run
 from train.engine.settings import CONFIG_FILE, TrainConfig, write_config
 from train.engine.streams import mixture_changes, new_streams, saved_streams, state_of
 from train.evaluation.bootstrap import MIN_SCENES
-from train.evaluation.history import compared_plan
+from train.evaluation.guard import harmed
+from train.evaluation.history import ValidationHistory, compared_plan
 from train.evaluation.validation import Validator, scene_names
 from train.objective.matching import matching_block, start_matching
 from train.report.logger import Reporter
+from train.report.words import metric_of
 from train.runtime.distributed import World, fail, start_world
 from train.runtime.stop import STOP_SIGNALS, StopRequest
 from vggt import VGGT, preset
 from vggt.config import preset_of
 from vggt.layers import compile_blocks
 from vggt.memory import hold_in_bf16
-from vggt.weights import fill, read_checkpoint
+from vggt.weights import NANO, fill, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +203,10 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         reporter.say("stopped before the first step; the same command starts it again")
     else:
         if ending == "harmful":
-            reporter.say("ended by guard=stop: the same metric was worse than at first in two validations in a row")
+            harm = ", ".join(metric_of(name).label for name in harmed(ValidationHistory(out_dir).comparable))
+            reporter.say(
+                f"ended by guard=stop: {harm}: worse than at first in two validations in a row; guard=warn goes on"
+            )
         reporter.say(describe_run(config, out_dir, validated, whole=ending == "finished"))
 
 
@@ -241,7 +246,8 @@ def begin_from(init: str, model: VGGT, name: str, expected: str | None, world: W
     state, found = read_checkpoint(init)
     sizes = preset_of(found) if found else None
     if sizes not in (None, name):
-        raise ValueError(f"model.preset: {name}, but {init} has the sizes of {sizes}; set model.preset={sizes}")
+        recipe = " (RECIPE=nano of make has the settings for it)" if sizes == NANO.name else ""
+        raise ValueError(f"model.preset: {name}, but {init} has the sizes of {sizes}; set model.preset={sizes}{recipe}")
     fill(model, state, init)
     return world.from_main(lambda: checked_fingerprint(state, init, expected))
 

@@ -89,7 +89,8 @@ def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -
                 raise PackError(
                     f"{sequence.frames[same[0]].path} is in the train and in the test split, with {len(same) - 1} more "
                     "frames of its sequence: a test on them says nothing. Give another --set-list or other "
-                    "annotations, only one --split, another --test, or --allow-shared-frames"
+                    "annotations, only one --split, of captures another --test or --test-tail 0.2, or "
+                    "--allow-shared-frames"
                 )
     return plan, in_both
 

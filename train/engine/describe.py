@@ -21,6 +21,7 @@ from train.report.pictures import SHEET_FILE
 from train.report.words import HEADLINE_METRICS, count, describe_change, metric_of, run_verdict
 from train.runtime.distributed import World
 from train.runtime.jsonl import read_jsonl
+from vggt.lora import LoraLinear
 from vggt.model import VGGT
 from vggt.weights import NANO
 
@@ -42,7 +43,7 @@ def describe_start(
     steps = [f"{count(scenes_per_rank(config.max_img_per_gpu, views), 'scene')} of {views} views" for views in sizes]
     short = sum(int((lengths < high).sum()) for lengths in train.lengths)
     lines = [
-        f"model {config.model.preset}: {_parts(model)}",
+        f"model {config.model.preset}: {_parts(model)}{_adapters(config, model)}",
         *_data(config, train),
         *(
             [f"{count(short, 'sequence')} shorter than {high} views: their frames repeat in larger scenes"]
@@ -92,6 +93,11 @@ def _parts(model: VGGT) -> str:
         some = f", {trained:.2f} M of them trained"
         parts.append(f"{name} {total:.1f} M" + ("" if trained == total else some if trained else " (frozen)"))
     return ", ".join(parts)
+
+
+def _adapters(config: TrainConfig, model: VGGT) -> str:
+    layers = sum(isinstance(module, LoraLinear) for module in model.modules())
+    return f"; adapters of rank {config.model.lora.rank} on {layers} linear layers" if config.model.lora else ""
 
 
 def _data(config: TrainConfig, train: Split) -> list[str]:
@@ -163,11 +169,12 @@ def _validations(config: TrainConfig, history: ValidationHistory, validated: Sha
 def _to_use(config: TrainConfig, history: ValidationHistory) -> list[str]:
     """The checkpoint to use: the best, what the run began from if nothing was better, or the last."""
     folder, rule = history.out_dir / CHECKPOINTS, config.checkpoint.best
-    by = (
-        rule if isinstance(rule, str) else f"{' and '.join(rule)} together, with no headline metric worse than at first"
-    )
+    by = rule if isinstance(rule, str) else f"{' and '.join(rule)} together, no headline metric worse beyond the noise"
+    validations = history.comparable
+    if not isinstance(rule, str) and validations and len(validations[-1]["scenes"]) < MIN_SCENES:
+        by += f", which {count(len(validations[-1]['scenes']), 'scene')} cannot tell"
     best = history.best_step(rule, steps_saved(folder))
-    if best == 0 and len(history.comparable) > 1:
+    if best == 0 and len(validations) > 1:
         began = config.init or "nothing"
         return [f"Use:      what you started from, {began}: by {by}, no validation was better than the first"]
     use, why = folder / LATEST, "the last"

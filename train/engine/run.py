@@ -24,7 +24,7 @@ from train.engine.settings import TrainConfig, to_dict
 from train.engine.step import StepOutcome, train_step
 from train.engine.streams import Streams, streams_at
 from train.engine.tally import Tally, Window
-from train.evaluation.guard import changes, is_harmful
+from train.evaluation.guard import broken, changes, harmed, worse
 from train.evaluation.history import ValidationHistory, compared_plan
 from train.evaluation.validation import Validation, Validator
 from train.objective.targets import prepare
@@ -166,7 +166,7 @@ class Run:
             self._save(state)
         if self.world.is_main:
             mark_best(self.out_dir / CHECKPOINTS, best, self.config.checkpoint)
-        if self.config.guard == "stop" and self.world.from_main(lambda: is_harmful(history.comparable)):
+        if self.config.guard == "stop" and self.world.from_main(lambda: harmed(history.comparable)):
             self._save(state)
             return "harmful"
         return None
@@ -200,12 +200,13 @@ class Run:
         validations = ValidationHistory(self.out_dir).comparable
         if len(validations) < 2:
             return
-        found = changes(validations)
-        self.reporter.scalars(step, "guard", {f"gain_{name}": float(change.gain) for name, change in found.items()})
-        harm = [change for change in found.values() if change.gain < 0]
+        found, harm = changes(validations), worse(validations)
+        gains = {name: change.gain for name, change in found.items()} | dict.fromkeys(harm, -1)
+        self.reporter.scalars(step, "guard", {f"gain_{name}": float(gain) for name, gain in gains.items()})
         if harm:
+            words = describe_harm(harm, found, broken(validations))
             start = f"step {validations[0]['step']}"
-            self.reporter.say(f"WARNING: step {step}: worse than at {start} beyond the noise: {describe_harm(harm)}")
+            self.reporter.say(f"WARNING: step {step}: worse than at {start} beyond the noise: {words}")
 
     def _best_step(self, step: int) -> int | None:
         """The step of the best validation among the first, `step`, and those that have a checkpoint."""

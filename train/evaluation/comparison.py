@@ -9,7 +9,7 @@ from typing import Any
 from train.evaluation.bootstrap import Estimate, estimate, group_mean, is_finite
 from train.evaluation.metrics import METRICS
 
-LEAST = 0.01  # an AUC or an error that changes from less is not taken for many times better
+LEAST = {True: 0.1, False: 0.01}  # a fraction of right ones, or an error, that was less is not many times better now
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Comparison:
 
     @property
     def relative_gain(self) -> float:
-        """The improvement as a fraction of what was before, at least LEAST; negative if it became worse."""
-        return self._good * self.change.mean / max(abs(self.before), LEAST)
+        """The improvement as a fraction of what was before, at least of LEAST; negative if it became worse."""
+        return self._good * self.change.mean / max(abs(self.before), LEAST[self._good > 0])
 
     @property
     def _good(self) -> int:

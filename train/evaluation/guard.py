@@ -22,31 +22,34 @@ def changes(validations: Sequence[Mapping[str, Any]], of: int = -1) -> dict[str,
     return {name: change for name, change in found.items() if change is not None}
 
 
+def broken(validations: Sequence[Mapping[str, Any]], of: int = -1) -> list[str]:
+    """The headline metrics that are not finite in a scene where they were at first: nothing can be worse."""
+    pairs = list(zip(validations[0]["scenes"], validations[of]["scenes"], strict=True))
+    return [name for name in HEADLINE if any(name in b and a.get(name, 0) is None is not b[name] for b, a in pairs)]
+
+
 def worse(validations: Sequence[Mapping[str, Any]], of: int = -1) -> list[str]:
-    """The headline metrics that are worse than at first beyond the noise."""
-    return [name for name, change in changes(validations, of).items() if change.gain < 0]
+    """The headline metrics that are worse than at first beyond the noise, or broken."""
+    found = [name for name, change in changes(validations, of).items() if change.gain < 0]
+    return list(dict.fromkeys([*found, *broken(validations, of)]))
 
 
-def is_harmful(validations: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last PATIENCE validations all say that one and the same metric is worse beyond the noise."""
+def harmed(validations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The headline metrics that are worse in each of the last PATIENCE validations."""
     if len(validations) <= PATIENCE:
-        return False
-    return bool(set.intersection(*(set(worse(validations, -i)) for i in range(1, PATIENCE + 1))))
+        return []
+    lately = [worse(validations, -i) for i in range(1, PATIENCE + 1)]
+    return [name for name in HEADLINE if all(name in names for names in lately)]
 
 
 def score(validations: Sequence[Mapping[str, Any]], of: int, metrics: Sequence[str]) -> float | None:
     """How much better a validation is than the first: the mean change of `metrics`, each relative to what it was.
 
-    None if it does harm: a headline metric is worse beyond the noise, or a prediction infinite that was not at first.
+    None if it does harm: a headline metric is worse beyond the noise, or broken.
     Metrics that were not measured do not count.
     """
-    first, scenes = validations[0]["scenes"], validations[of]["scenes"]
-    broken = any(
-        value is None and b.get(name, 0) is not None
-        for b, a in zip(first, scenes, strict=True)
-        for name, value in a.items()
-    )
-    if broken or worse(validations, of):
+    if worse(validations, of):
         return None
+    first, scenes = validations[0]["scenes"], validations[of]["scenes"]
     found = [change.relative_gain for name in metrics if (change := compare(first, scenes, name)) is not None]
     return sum(found) / len(found) if found else None

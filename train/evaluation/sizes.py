@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shards import ShardSet
-from train.evaluation.bootstrap import is_finite
+from train.evaluation.bootstrap import MIN_SCENES, is_finite
 from train.evaluation.depths import depth_scale
 from train.objective.targets import Batch
 
@@ -38,6 +38,6 @@ def summarize_sizes(by_scene: Sequence[Mapping[str, Any]]) -> dict[str, float] |
     A model that knows meters has a median of 1; one that knows sizes up to one factor for all scenes a spread of 1.
     """
     logs = np.log([scene[SIZE] for scene in by_scene if is_finite(scene.get(SIZE)) and scene[SIZE] > 0])
-    if len(logs) < 2:
+    if len(logs) < MIN_SCENES:
         return None
     return {"scenes": len(logs), "median": float(np.exp(np.median(logs))), "spread": float(np.exp(logs.std(ddof=1)))}

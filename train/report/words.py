@@ -41,12 +41,15 @@ def describe_metrics(means: dict[str, float]) -> str:
     return ", ".join(f"{metric.label} {metric.form.format(mean)}" for metric, mean in shown)
 
 
-def describe_harm(found: list[Comparison]) -> str:
-    """Metrics that got worse beyond the noise."""
+def describe_harm(harm: list[str], found: Mapping[str, Comparison], broken: list[str]) -> str:
+    """Metrics that got worse, before and after. broken: those that are not finite any more."""
     shown = []
-    for change in found:
-        metric = metric_of(change.metric)
-        shown.append(f"{metric.label} {metric.form.format(change.before)} -> {metric.form.format(change.after)}")
+    for metric, name in ((metric_of(name), name) for name in harm):
+        if name in broken:
+            shown.append(f"{metric.label} is not finite any more")
+        else:
+            before, after = (metric.form.format(value) for value in (found[name].before, found[name].after))
+            shown.append(f"{metric.label} {before} -> {after}")
     return ", ".join(shown)
 
 
@@ -83,7 +86,8 @@ def headline(results: dict[str, Any]) -> str:
     """What was evaluated on what, in a line."""
     protocol, counts = results["protocol"], results["sequences"]
     return (
-        f"{sum(counts.values()):,} sequences of {len(counts)} categories ({protocol['split']} split), "
+        f"{count(sum(counts.values()), 'sequence')} of {count(len(counts), 'category', 'categories')} "
+        f"({protocol['split']} split), "
         f"{protocol['views']} random frames of each, {protocol['width']} pixels wide, seed {protocol['seed']}"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.evaluation.guard import changes, is_harmful, score
+from train.evaluation.guard import broken, changes, harmed, score, worse
 from train.evaluation.history import VALIDATION_FILE, ValidationHistory
 from train.runtime.jsonl import append_line
 
@@ -28,10 +28,10 @@ def test_a_metric_that_is_worse_twice_in_a_row_is_harm(seed):
     lines = [validation(0), validation(1, seed=seed, **worse), validation(2, seed=seed, **worse)]
     assert changes(lines)["rotation_deg"].gain == -1
     assert changes(lines)["rotation_deg"].change.mean == pytest.approx(1, abs=0.4)
-    assert is_harmful(lines)
-    assert not is_harmful(lines[:2])
-    assert not is_harmful([*lines[:2], validation(2, seed=seed)])
-    assert not is_harmful([*lines[:2], validation(2, seed=seed, auc_30=-0.1)])  # another metric
+    assert harmed(lines) == ["rotation_deg"]
+    assert not harmed(lines[:2])
+    assert not harmed([*lines[:2], validation(2, seed=seed)])
+    assert not harmed([*lines[:2], validation(2, seed=seed, auc_30=-0.1)])  # another metric
 
 
 def test_chance_is_called_harm_no_more_often_than_intervals_of_95_percent_allow():
@@ -39,7 +39,16 @@ def test_chance_is_called_harm_no_more_often_than_intervals_of_95_percent_allow(
     draws = [[validation(0), validation(1, seed=seed), validation(2, seed=seed)] for seed in range(200)]
     once = sum(any(change.gain < 0 for change in changes(lines).values()) for lines in draws)
     assert 3 <= once <= 30
-    assert sum(is_harmful(lines) for lines in draws) <= 3
+    assert sum(bool(harmed(lines)) for lines in draws) <= 3
+
+
+def test_a_prediction_that_is_not_finite_any_more_is_worse_than_any_other():
+    lines = [validation(0), validation(1), validation(2)]
+    for line in lines[1:]:
+        line["scenes"][4]["depth_abs_rel"] = None
+    assert broken(lines) == worse(lines) == harmed(lines) == ["depth_abs_rel"]
+    lines[0]["scenes"][4]["depth_abs_rel"] = None  # it was so at first
+    assert broken(lines) == []
 
 
 def scored(shifts, metrics=("auc_30", "depth_abs_rel"), first=None):

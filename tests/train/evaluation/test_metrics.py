@@ -312,6 +312,6 @@ def test_the_size_of_a_scene_is_measured_before_any_alignment_in_the_units_of_th
 
 def test_the_spread_of_sizes_is_what_a_single_factor_would_leave():
     for factor in (1.0, 0.5):
-        found = summarize_sizes([{"size_ratio": factor * ratio} for ratio in (0.5, 1.0, 2.0)] + [{}])
-        assert found == {"scenes": 3, "median": pytest.approx(factor), "spread": pytest.approx(2.0)}
-    assert summarize_sizes([{"size_ratio": 1.0}]) is None
+        found = summarize_sizes([{"size_ratio": factor * ratio} for ratio in (0.5, 0.5, 1.0, 2.0, 2.0)] + [{}])
+        assert found == {"scenes": 5, "median": pytest.approx(factor), "spread": pytest.approx(2.0)}
+    assert summarize_sizes([{"size_ratio": 1.0}] * 4) is None
