@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from vggt.memory import recompute
 PROCESSES = ("train", "train-plain", "infer", "infer-all", "lora", "lora-by-block")
 ATTENTION = ("*aggregator*attn.qkv", "*aggregator*attn.proj")
 HEIGHT, WIDTH = 266, 518
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed goes back to the system: its heap would keep gaps
 MIDDLE = {
     "embed_dim": 384,
     "vit_depth": 8,
@@ -168,9 +170,8 @@ def print_growth(title: str, kind: str, all_views: tuple[int, ...], chunk: int) 
     last = None
     for views in all_views:
         command = [sys.executable, __file__, "part", "--kind", kind, "--views", str(views), "--chunk", str(chunk)]
-        peak, seconds = map(
-            float, subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | RETURNED)
+        peak, seconds = map(float, done.stdout.split())
         growth = f", {(peak - last[1]) / (views - last[0]):.3f} GB a view more" if last else ""
         print(f"  {views:3} views: {peak:6.2f} GB{growth}, {seconds:.0f} s", flush=True)
         last = (views, peak)
