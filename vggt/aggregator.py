@@ -88,7 +88,7 @@ class Aggregator(nn.Module):
         """What a frame-wise block makes of x [B, S, P, dim], and what the scene-wise block after it makes of that.
 
         If a gradient flows here, only x is kept. In the backward pass both run again; the frame-wise one even twice, so
-        that it need not be kept while the scene-wise one is: about a tenth more operations, a quarter less memory a view.
+        that it need not be kept while the scene-wise one is: a tenth more operations, a quarter less memory a view.
         """
         frame_block, global_block = self.frame_blocks[number], self.global_blocks[number]
         again = self.config.recompute and needs_graph(x, frame_block, global_block)
