@@ -21,7 +21,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 def start_server():
     CONTEXT.set_forkserver_preload(
-        [*MODULES, "torch.utils.tensorboard", "prep.packing.pack", "prep.verify", "webdataset"]
+        [*MODULES, "torch.utils.tensorboard", "torch._dynamo", "prep.packing.pack", "prep.verify", "webdataset"]
     )
     forkserver.ensure_running()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +61,7 @@ def peak_gb(views, monkeypatch):
     return live.peak / 1e9
 
 
+@pytest.mark.slow
 def test_adapters_of_the_aggregator_need_little_memory_a_view(monkeypatch):
     few, many = peak_gb(4, monkeypatch), peak_gb(16, monkeypatch)
     assert (many - few) / 12 <= 0.15
