@@ -118,6 +118,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     model, init_fingerprint = make_model(config, saved, world)
     model.to(world.device).train()
     if config.compile:
+        model.aggregator.keep_every_block()  # parts of one frame and of two would be compiled apart
         compile_blocks(model)
     shared = distribute(model, config.strategy, bf16=config.precision == "bf16", world=world)
     optimizer = make_optimizer(model, config.optim)

@@ -24,7 +24,7 @@ class Aggregator(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.config = config
-        self.frames_at_once: int | None = FRAMES  # None: all
+        self.by_block = False
         self.patch_embed = VisionTransformer(config)
         # One pair of each: index 0 for the reference view, index 1 for all the others.
         self.camera_token = nn.Parameter(torch.randn(1, 2, 1, dim) * 1e-6)
@@ -37,6 +37,10 @@ class Aggregator(nn.Module):
         return nn.ModuleList(
             Block(c.embed_dim, c.num_heads, eps=1e-5, layer_scale=0.01, qk_norm=True) for _ in range(c.depth)
         )
+
+    def keep_every_block(self) -> None:
+        """From now on each block that runs again keeps its input, and takes all frames: fewer passes, more memory."""
+        self.by_block = self.patch_embed.by_block = True
 
     @property
     def num_special(self) -> int:
@@ -92,9 +96,12 @@ class Aggregator(nn.Module):
         """
         frame_block, global_block = self.frame_blocks[number], self.global_blocks[number]
         again = self.config.recompute and needs_graph(x, frame_block, global_block)
+        if again and self.by_block:
+            frame = recompute(frame_block, x.flatten(0, 1), rope).view_as(x)
+            return frame, recompute(global_block, frame.flatten(1, 2), scene_rope).view_as(x)
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            chunk = (self.frames_at_once or x[..., 0, 0].numel()) if again else None
+            chunk = FRAMES if again else None
             frame = map_frames(lambda part: frame_block(part[0], rope), [x.flatten(0, 1)], chunk).view_as(x)
             return frame, global_block(frame.flatten(1, 2), scene_rope).view_as(x)
 

@@ -27,7 +27,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.patch_size, self.recompute = config.patch_size, config.recompute
-        self.frames_at_once: int | None = FRAMES  # None: all
+        self.by_block = False
         self.stored_grid = config.image_size // config.patch_size
         self.num_registers = config.vit_registers
         self.patch_embed = PatchProjection(config.patch_size, dim)
@@ -52,8 +52,8 @@ class VisionTransformer(nn.Module):
         images at once, block by block.
         """
         again = self.recompute and needs_graph(images, self)
-        if again and self.frames_at_once is not None:
-            return map_frames(lambda part: self._encode(part[0], False), [images], self.frames_at_once)
+        if again and not self.by_block:
+            return map_frames(lambda part: self._encode(part[0], False), [images], FRAMES)
         return self._encode(images, again)
 
     def _encode(self, images: Tensor, by_block: bool) -> Tensor:

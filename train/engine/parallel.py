@@ -33,8 +33,7 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    # Each pass through a block gathers its weights: not for a few frames.
-    model.aggregator.frames_at_once = model.aggregator.patch_embed.frames_at_once = None
+    model.aggregator.keep_every_block()  # each pass through a block gathers its weights
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
