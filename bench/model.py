@@ -20,8 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from train.objective.losses import LossConfig, losses, normalizer_of
 from train.objective.targets import normalize_scenes
 from vggt import VGGT, VGGTConfig
-from vggt.layers import Block
 from vggt.lora import add_lora
-from vggt.memory import recompute
 
 PROCESSES = ("train", "train-plain", "infer", "infer-all", "lora", "lora-by-block")
 ATTENTION = ("*aggregator*attn.qkv", "*aggregator*attn.proj")
@@ -90,17 +86,14 @@ def unchunked(model: VGGT) -> Iterator[None]:
 @contextlib.contextmanager
 def by_block(model: VGGT) -> Iterator[None]:
     """Each block of the trunk keeps its input, and runs again in the backward pass."""
-    blocks = [module for module in model.aggregator.modules() if isinstance(module, Block)]
-    model.aggregator.config = replace(model.config, recompute=False)
-    model.aggregator.patch_embed.recompute = False
-    for block in blocks:
-        block.forward = partial(recompute, block.forward)
+    parts = (model.aggregator, model.aggregator.patch_embed)
+    for part in parts:
+        part.by_block = True
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
-        model.aggregator.config, model.aggregator.patch_embed.recompute = model.config, model.config.recompute
+        for part in parts:
+            part.by_block = False
 
 
 def batch_of(views: int) -> dict[str, Tensor]:
