@@ -25,7 +25,11 @@ def changes(validations: Sequence[Mapping[str, Any]], of: int = -1) -> dict[str,
 def broken(validations: Sequence[Mapping[str, Any]], of: int = -1) -> list[str]:
     """The headline metrics that are not finite in a scene where they were at first: nothing can be worse."""
     pairs = list(zip(validations[0]["scenes"], validations[of]["scenes"], strict=True))
-    return [name for name in HEADLINE if any(name in b and a.get(name, 0) is None is not b[name] for b, a in pairs)]
+
+    def broke(name: str) -> bool:
+        return any(before.get(name) is not None and after.get(name, 0) is None for before, after in pairs)
+
+    return [name for name in HEADLINE if broke(name)]
 
 
 def worse(validations: Sequence[Mapping[str, Any]], of: int = -1) -> list[str]:
