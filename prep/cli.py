@@ -16,8 +16,9 @@ from prep.importers.captures import CaptureOptions, read_captures
 from prep.importers.layouts import FORMATS, capture_folders
 from prep.importers.source import Intrinsics
 from prep.info import print_checks, print_info
-from prep.pack_command import pack_command
+from prep.pack_command import make_pairs, pack_command
 from prep.packing.executors import process_pool
+from prep.packing.pairs import NEIGHBORS
 from prep.synth.synth import FAMILIES, SynthOptions, synth
 from prep.terminal import (
     Fraction,
@@ -42,6 +43,7 @@ def main() -> None:
     vggt-prep pack captures --out shards               make a shard set; of Co3D: --co3d-dir co3d
     vggt-prep preview shards                           look at it
     vggt-prep verify shards                            check each of its bytes
+    vggt-prep pairs shards                             of an older set: which frames see the same
     """
 
 
@@ -187,6 +189,26 @@ def index_command(shard_set: Path, workers: int) -> None:
             on_tar=lambda: bar.advance(tasks[0]),
         )
     click.echo(f"{shard_set}: index of {counted(frames, 'frame')} written")
+
+
+@main.command("pairs")
+@click.argument("shard_set", type=LocalPath())
+@click.option(
+    "--neighbors", type=click.IntRange(1), default=NEIGHBORS, show_default=True, help="Of each frame, at most."
+)
+@workers_option
+def pairs_command(shard_set: Path, neighbors: int, workers: int) -> None:
+    """Measure which frames of a shard set see the same, for data.sampling=overlap.
+
+    For sets packed before there was such a thing, or with --no-pairs, or for another number of neighbors: half of these
+    are the best, the others lie evenly over the rest. The tars stay as they are; a run that uses the set is not
+    disturbed.
+
+    \b
+    vggt-prep pairs data/shards
+    """
+    with plain_errors(), process_pool(workers, ["prep.packing.pairs"]) as pool:
+        make_pairs(shard_set, pool, neighbors)
 
 
 @main.command("preview")

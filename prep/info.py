@@ -70,6 +70,11 @@ def print_info(shard_set: str) -> None:
     members = int(frames["jpg_size"].sum(dtype=np.int64) + frames["depth_size"].sum(dtype=np.int64))
     click.echo(f"{counted(len(opened.tars), 'tar')}, {counted(len(frames), 'frame')} ({with_depth:,} with depth)")
     click.echo(f"{members / len(frames) / 1e3:,.1f} kB a frame (JPEG and depth)")
+    if opened.has_pairs:
+        neighbors = np.count_nonzero(opened.pairs["overlap"], axis=1).mean()
+        click.echo(f"{neighbors:.1f} other frames are known to see some of the same, on average")
+    else:
+        click.echo(f"which frames see the same is not known; {opened.how_to_make_pairs}")
     pairs, counts = np.unique(np.stack([frames["width"], frames["height"]], axis=1), axis=0, return_counts=True)
     common = sorted(zip(counts, pairs, strict=True), key=lambda item: -item[0])[:5]
     click.echo("width x height: " + ", ".join(f"{w} x {h} ({n:,})" for n, (w, h) in common))

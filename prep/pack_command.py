@@ -13,6 +13,7 @@ import click
 import numpy as np
 from rich.progress import Progress, TaskID
 
+import shards
 from prep.check import check_capture
 from prep.importers.captures import CaptureOptions, Captures, Split
 from prep.importers.co3d import Co3D
@@ -22,6 +23,7 @@ from prep.importers.source import Intrinsics, Source
 from prep.info import print_pack
 from prep.packing.executors import dask_cluster, process_pool
 from prep.packing.pack import pack
+from prep.packing.pairs import NEIGHBORS, add_pairs
 from prep.packing.plan import PackOptions
 from prep.packing.shard import ShardDone
 from prep.terminal import (
@@ -34,7 +36,7 @@ from prep.terminal import (
     start,
     workers_option,
 )
-from shards.schema import SPLITS
+from shards.schema import PAIRS_FILE, SPLITS
 
 CAPTURE_MIN_FRAMES = 5
 CHECKED = 5  # captures, before they are packed
@@ -74,12 +76,14 @@ SHOWN = 8  # names of captures
 @click.option("--min-frames", type=click.IntRange(1), help="Fewest of a sequence.  [default: 24; of captures 5]")
 @click.option("--shard-frames", type=click.IntRange(1), default=500, show_default=True, help="Fill a shard up to this.")
 @click.option("--max-bad", type=Fraction(), default=0.02, show_default=True, help="Most bad frames, as a fraction.")
+@click.option("--pairs/--no-pairs", default=True, help="Measure which frames see the same.  [default: pairs]")
 @workers_option
 @click.option("--allow-shared-frames", is_flag=True, help="Let frames be in both splits.")
 @click.option("--scheduler", help="Of a Dask cluster, tcp://host:port; its workers must see both directories.")
 def pack_command(
     out: Path,
     max_bad: float,
+    pairs: bool,
     workers: int,
     scheduler: str | None,
     short_side: int,
@@ -131,7 +135,24 @@ def pack_command(
                 allow_shared_frames=allow_shared_frames,
                 **shown(bar),
             )
+        if pairs and not shards.open(out).has_pairs:
+            make_pairs(out, executor)
     print_pack(out, result, shared_frames=allow_shared_frames)
+
+
+def make_pairs(out: Path, executor: Executor, neighbors: int = NEIGHBORS) -> None:
+    """Add pairs.npy to a set, and show how it goes."""
+    with progress_bar("frames") as bar:
+        tasks: list[TaskID] = []
+        alone = add_pairs(
+            out,
+            executor,
+            neighbors,
+            on_plan=lambda frames: tasks.append(start(bar, "comparing", frames)),
+            on_tar=lambda frames: bar.advance(tasks[0], frames),
+        )
+    without = f"; frames that see nothing of any other: {alone:,}" if alone else ""
+    click.echo(f"{out / PAIRS_FILE}: which frames see the same{without}")
 
 
 def pack_source(

@@ -16,7 +16,7 @@ from prep.packing.frames import check_camera
 from shards.build_index import complete_rows, index_tar
 from shards.codecs import decode_depth, jpeg_size
 from shards.index import REPAIR, sha256
-from shards.schema import DATASET_FILE, FRAMES_FILE, SEQUENCES_FILE, row_crc
+from shards.schema import DATASET_FILE, FRAMES_FILE, PAIRS_FILE, SEQUENCES_FILE, row_crc
 from shards.storage import LocalStorage
 
 SAMPLE_SEED = 0
@@ -60,12 +60,13 @@ def verify(
         if {FRAMES_FILE, SEQUENCES_FILE} & set(wrong):
             return VerifyResult(tars=0, all_tars=0, frames=0, problems=[*wrong.values()])
         checks = _check_index(shard_set)
+        pairs_problems = _pairs_problems(shard_set)
     except (ValueError, OSError) as error:  # without an index there is no telling what the tars should hold
         return VerifyResult(tars=0, all_tars=0, frames=0, problems=[str(error)])
     count = max(1, round(sample * len(checks)))
     chosen = [checks[i] for i in sorted(np.random.default_rng(SAMPLE_SEED).choice(len(checks), count, replace=False))]
     on_plan(count)
-    problems = [*wrong.values()]
+    problems = [*wrong.values(), *pairs_problems]
     chosen_whole = [check for check in chosen if shard_set.tars[check.number] not in wrong]
     for found in executor.map(verify_tar, [shard_set] * count, chosen_whole):
         problems += found
@@ -90,6 +91,20 @@ def _check_index(shard_set: shards.ShardSet) -> list[TarCheck]:
         TarCheck(number=i, first=int(a), count=int(b - a), sequence=int(np.searchsorted(ends, a, side="right")))
         for i, (a, b) in enumerate(pairwise(bounds))
     ]
+
+
+def _pairs_problems(shard_set: shards.ShardSet) -> list[str]:
+    """What is wrong with pairs.npy, if the set has one."""
+    if not shard_set.has_pairs or PAIRS_FILE in shard_set.size_problems():
+        return []
+    try:
+        if sha256(shard_set.index_path(PAIRS_FILE)) == shard_set.dataset["files"][PAIRS_FILE]["sha256"]:
+            return []
+        for frame in range(len(shard_set.pairs)):
+            shard_set.neighbors(frame)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return [f"{shard_set}/{PAIRS_FILE}: not the one that {DATASET_FILE} describes; {shard_set.how_to_make_pairs}"]
 
 
 def _check_description(shard_set: shards.ShardSet, ends: np.ndarray) -> None:

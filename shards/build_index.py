@@ -22,6 +22,7 @@ from shards.schema import (
     FRAMES_FILE,
     JPEG,
     META,
+    PAIRS_FILE,
     SELF_CRC,
     SEQUENCES_FILE,
     SPLITS,
@@ -154,7 +155,7 @@ def complete_rows(rows: np.ndarray, dtype: np.dtype, tar: int, first_sequence: i
 
 
 def write_index(out: Path, tars: list[TarIndex], *, source: dict[str, Any], options: dict[str, Any]) -> None:
-    """Write frames.npy and sequences.npy of these tars, then dataset.json.
+    """Write frames.npy and sequences.npy of these tars, then dataset.json; pairs.npy stays if it is of these frames.
 
     dataset.json comes last: a directory without it is not a shard set yet.
     """
@@ -175,10 +176,12 @@ def write_index(out: Path, tars: list[TarIndex], *, source: dict[str, Any], opti
         per_split[split.decode()] = {"sequences": len(part), "frames": int(part.sum())}
     index = {name: (out / name) for name in (FRAMES_FILE, SEQUENCES_FILE)}
     files = {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in index.items()}
+    stated = _stated(out / DATASET_FILE)
+    if stated.get("files", {}).get(FRAMES_FILE) == files[FRAMES_FILE] and PAIRS_FILE in stated["files"]:
+        files[PAIRS_FILE] = stated["files"][PAIRS_FILE]  # of the same frames
     dataset = {
         "format": FORMAT,
         "version": VERSION,
-        SELF_CRC: CRC_ZEROS,
         "source": source,
         "options": options,
         "categories": sorted({category.decode() for category in categories}),
@@ -186,8 +189,15 @@ def write_index(out: Path, tars: list[TarIndex], *, source: dict[str, Any], opti
         "tars": [tar.file for tar in tars],
         "files": files | {tar.file: {"size": tar.size, "sha256": tar.sha256} for tar in tars},
     }
-    dataset[SELF_CRC] = self_crc(json_bytes(dataset), CRC_ZEROS)
-    write_json(out / DATASET_FILE, dataset)
+    write_dataset(out, dataset)
+    if PAIRS_FILE not in files:
+        (out / PAIRS_FILE).unlink(missing_ok=True)  # of frames that were here before
+
+
+def write_dataset(out: Path, dataset: dict[str, Any]) -> None:
+    """Write dataset.json, with its own CRC."""
+    dataset = dataset | {SELF_CRC: CRC_ZEROS}
+    write_json(out / DATASET_FILE, dataset | {SELF_CRC: self_crc(json_bytes(dataset), CRC_ZEROS)})
 
 
 def _write_frames(path: Path, tars: list[TarIndex]) -> None:

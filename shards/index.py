@@ -14,6 +14,7 @@ import numpy as np
 from shards.schema import (
     FORMAT,
     FRAMES_FILE,
+    PAIRS_FILE,
     SELF_CRC,
     SEQUENCES_FILE,
     VERSION,
@@ -45,7 +46,8 @@ def _check_names(dataset: dict[str, Any]) -> None:
     for name in dataset["tars"]:
         if not TAR_NAME.fullmatch(name):
             raise ValueError(f"lists a tar {name!r}, which is none of a shard set; {REPAIR}")
-    for name in (FRAMES_FILE, SEQUENCES_FILE, *dataset["tars"]):
+    optional = [PAIRS_FILE] if PAIRS_FILE in dataset["files"] else []
+    for name in (FRAMES_FILE, SEQUENCES_FILE, *optional, *dataset["tars"]):
         entry = dataset["files"][name]
         if not isinstance(entry["size"], int) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise ValueError(f"size or sha256 of {name} is no such thing; {REPAIR}")
@@ -55,8 +57,8 @@ class DamagedIndexError(ValueError):
     """An index that is not the one that was packed; says the file and what to do."""
 
 
-def map_rows(path: Path, dtype: Callable[..., np.dtype], *names: str) -> np.ndarray:
-    """The rows of an index file, mapped from disk. `names`: its strings, on whose lengths its dtype depends.
+def map_rows(path: Path, dtype: Callable[..., np.dtype], *names: str, repair: str = REPAIR) -> np.ndarray:
+    """The rows of an index file, mapped from disk. `names`: fields on whose lengths its dtype depends.
 
     Raises DamagedIndexError for anything else.
     """
@@ -64,9 +66,9 @@ def map_rows(path: Path, dtype: Callable[..., np.dtype], *names: str) -> np.ndar
         rows = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         good = rows.ndim == 1 and rows.dtype == dtype(*(rows.dtype[name].itemsize for name in names))
     except Exception as error:  # a damaged header may raise whatever Python's tokenizer does
-        raise DamagedIndexError(f"{path}: not readable as an index ({type(error).__name__}); {REPAIR}") from error
+        raise DamagedIndexError(f"{path}: not readable as an index ({type(error).__name__}); {repair}") from error
     if not good:
-        raise DamagedIndexError(f"{path}: not an index of version {VERSION}; {REPAIR}")
+        raise DamagedIndexError(f"{path}: not an index of version {VERSION}; {repair}")
     return rows
 
 

@@ -20,9 +20,11 @@ from shards.index import REPAIR, DamagedIndexError, map_rows, read_dataset, sha2
 from shards.schema import (
     DATASET_FILE,
     FRAMES_FILE,
+    PAIRS_FILE,
     SEQUENCES_FILE,
     frame_dtype,
     member_key,
+    pair_dtype,
     row_crc,
     sequence_dtype,
 )
@@ -67,6 +69,7 @@ def open(location: str | Path, *, check_sizes: bool = True) -> ShardSet:  # noqa
     storage.read_spans([Span(DATASET_FILE, 0, 1)])  # finds a server without ranges before it sends a whole tar
     opened = ShardSet(storage=storage, dataset=dataset)
     wrong = opened.size_problems()
+    wrong.pop(PAIRS_FILE, None)  # it may not be needed, and can be made again
     if wrong and check_sizes:
         raise ValueError("; ".join([*wrong.values()][:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     if not {FRAMES_FILE, SEQUENCES_FILE} & set(wrong):
@@ -107,10 +110,10 @@ class ShardSet:
 
     def _check_still_there(self) -> None:
         try:
-            same = read_dataset(self.storage.read(DATASET_FILE)) == self.dataset
+            digest = ShardSet(self.storage, read_dataset(self.storage.read(DATASET_FILE))).digest
         except (FileNotFoundError, ValueError):
-            same = False
-        if not same:
+            digest = None
+        if digest != self.digest:
             raise DamagedIndexError(f"{self.storage}: was replaced or removed while it was in use; start again")
 
     @cached_property
@@ -120,6 +123,51 @@ class ShardSet:
         if sha256(path) != self.dataset["files"][SEQUENCES_FILE]["sha256"]:  # small, and its rows have no CRC
             raise DamagedIndexError(f"{path}: not the one that {DATASET_FILE} describes; {REPAIR}")
         return map_rows(path, sequence_dtype, "category", "name")
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.pairs_digest is not None
+
+    @property
+    def pairs_digest(self) -> str | None:
+        """SHA-256 of pairs.npy, None if the set has none."""
+        return self.dataset["files"].get(PAIRS_FILE, {}).get("sha256")
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        """The rows of pairs.npy (shards.schema.pair_dtype), mapped from disk.
+
+        Raises ValueError if the set has none, DamagedIndexError if it is another one.
+        """
+        if not self.has_pairs:
+            raise ValueError(f"{self}: has no {PAIRS_FILE}; {self.how_to_make_pairs}")
+        path = self.index_path(PAIRS_FILE)
+        if not path.is_file() or path.stat().st_size != self.dataset["files"][PAIRS_FILE]["size"]:
+            raise DamagedIndexError(f"{path}: missing or cut off; {self.how_to_make_pairs}")
+        rows = map_rows(path, pair_dtype, "overlap", repair=self.how_to_make_pairs)
+        if len(rows) != len(self.frames):
+            raise DamagedIndexError(
+                f"{path}: has {len(rows)} rows for {len(self.frames)} frames; {self.how_to_make_pairs}"
+            )
+        return rows
+
+    @property
+    def how_to_make_pairs(self) -> str:
+        where = shlex.quote(str(self)) if isinstance(self.storage, LocalStorage) else "DIRECTORY, and copy it there"
+        return f"make it with: vggt-prep pairs {where}"
+
+    def neighbors(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the frames that overlap with a frame, best first, and their overlaps from 0 to 1.
+
+        Raises ValueError as `pairs` does, DamagedIndexError for a row that is not as it was written.
+        """
+        row = self.pairs[frame]
+        count = np.count_nonzero(row["overlap"])
+        sequence = self.sequences[self.row(frame)["sequence"]]
+        others = row["neighbors"][:count].astype(np.int64)
+        if row_crc(row) != row["row_crc"] or (others >= sequence["count"]).any():
+            raise DamagedIndexError(f"{self}/{PAIRS_FILE}: row {frame} is damaged; {self.how_to_make_pairs}")
+        return others + int(sequence["first"]), row["overlap"][:count] / 255
 
     def index_path(self, name: str) -> Path:
         """Where a file of the index lies on this machine; that of a remote set is fetched once."""
@@ -152,10 +200,12 @@ class ShardSet:
         """File -> what is wrong with it, for those that are missing or not of the size that dataset.json says."""
         files, found = self.dataset["files"], {}
         known = [FRAMES_FILE, SEQUENCES_FILE, *self.tars]  # a later version may list others
+        known += [PAIRS_FILE] if self.has_pairs else []
+        advices = {FRAMES_FILE: REPAIR, SEQUENCES_FILE: REPAIR, PAIRS_FILE: self.how_to_make_pairs}
         for name, size in zip(known, self.storage.sizes(known), strict=True):
             if size != files[name]["size"]:
                 state = f"has {size} bytes, not {files[name]['size']} as {DATASET_FILE} says"
-                advice = REPAIR if name in (FRAMES_FILE, SEQUENCES_FILE) else "copy or pack it again"
+                advice = advices.get(name, "copy or pack it again")
                 found[name] = f"{self.storage}/{name}: {'is missing' if size is None else state}; {advice}"
         return found
 
@@ -167,8 +217,9 @@ class ShardSet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the hashes of all files: two sets with the same digest hold the same frames."""
-        lines = (f"{name} {entry['sha256']}\n" for name, entry in sorted(self.dataset["files"].items()))
+        """SHA-256 over the hashes of index and tars: two sets with the same digest hold the same frames."""
+        files = {name: entry for name, entry in self.dataset["files"].items() if name != PAIRS_FILE}
+        lines = (f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def split(self, split: str) -> np.ndarray:

@@ -14,6 +14,7 @@ VERSION = 1
 DATASET_FILE = "dataset.json"
 FRAMES_FILE = "frames.npy"
 SEQUENCES_FILE = "sequences.npy"
+PAIRS_FILE = "pairs.npy"  # optional
 REPORT_FILE = "report.json"
 WORK_FOLDER = ".pack"  # in a set until its pack is complete
 SPLITS = ("train", "test")
@@ -62,8 +63,24 @@ def sequence_dtype(category_bytes: int, name_bytes: int) -> np.dtype:
     )
 
 
+def pair_dtype(neighbors: int) -> np.dtype:
+    """A row of pairs.npy, of the frame of the same row: other frames of its sequence that see what it sees.
+
+    neighbors: numbers within the sequence, best first; overlap: in 255ths, 0 from the end of the list on. guessed: 1
+    where the frame has no depth, so that cameras alone tell.
+    """
+    return np.dtype(
+        [
+            ("neighbors", "<u4", (neighbors,)),
+            ("overlap", "u1", (neighbors,)),
+            ("guessed", "u1"),
+            ("row_crc", "<u4"),
+        ]
+    )
+
+
 def row_crc(row: np.void) -> int:
-    """CRC32 of a frame's row without its last field, which holds that CRC."""
+    """CRC32 of a row of frames.npy or pairs.npy without its last field, which holds that CRC."""
     return zlib.crc32(row.tobytes()[:-4])
 
 

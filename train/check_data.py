@@ -29,7 +29,7 @@ from train.config import load_config, user_path
 from train.data.batches import TrainingSteps
 from train.data.loader import stream
 from train.data.plan import TrainingPlan
-from train.data.split import Split
+from train.data.split import Split, stored_neighbors
 from train.data.workers import worker_count
 from train.engine.settings import TrainConfig
 from train.report.pictures import save_picture
@@ -68,6 +68,7 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
     plan = TrainingPlan(
         config=config.data,
         lengths=split.lengths,
+        neighbors=stored_neighbors(split, config.data.samplings),
         seed=config.seed,
         max_img_per_gpu=config.max_img_per_gpu,
         world_size=1,

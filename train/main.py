@@ -22,7 +22,7 @@ import torch
 import shards
 from train.config import list_keys, load_config
 from train.data.plan import TrainingPlan
-from train.data.split import Split
+from train.data.split import Split, stored_neighbors
 from train.data.workers import worker_count
 from train.engine.adapters import attach, checked_fingerprint, load_weights, refuse_adapters
 from train.engine.checkpoint import steps_saved
@@ -93,6 +93,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     train_split = Split(shard_sets, config.data.train_split)
     with_val = [shard_set for shard_set in shard_sets if config.data.val_split in shard_set.dataset["splits"]]
     val_split = Split(with_val, config.data.val_split) if with_val else None
+    neighbors = stored_neighbors(train_split, config.data.samplings)
     workers = worker_count(config.data.workers, world.local_size)
 
     # Where to begin
@@ -130,6 +131,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         config=config.data,
         lengths=train_split.lengths,
         streams=tuple(number for number, _ in streams.values()),
+        neighbors=neighbors,
         seed=config.seed,
         max_img_per_gpu=config.max_img_per_gpu,
         world_size=world.size,

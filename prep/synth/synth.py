@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, as_completed, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from prep.synth import rooms, turntable
-from prep.synth.orbit import Orbit, landscape_and_portrait, make_orbit
-from prep.synth.render import Scene, render
+from prep.synth import corridor, rooms, turntable
+from prep.synth.orbit import landscape_and_portrait, make_orbit
+from prep.synth.render import Camera, Scene, render
 from shards.codecs import encode_jpeg
 from shards.locks import locked
 from shards.writer import write_json
@@ -29,28 +30,34 @@ class Family:
 
     categories: tuple[str, ...]
     make_scene: Callable[[np.random.Generator, str], Scene]
-    orbit: Orbit
-    held_out_orbit: Orbit
+    make_cameras: Callable[..., list[Camera]]  # of rng, unit=, frames=, sizes=
+    make_held_out_cameras: Callable[..., list[Camera]]
 
 
 FAMILIES = {
     "turntable": Family(
         categories=turntable.CATEGORIES,
         make_scene=turntable.make_scene,
-        orbit=turntable.ORBIT,
-        held_out_orbit=turntable.ORBIT,
+        make_cameras=partial(make_orbit, orbit=turntable.ORBIT),
+        make_held_out_cameras=partial(make_orbit, orbit=turntable.ORBIT),
     ),
     "walk": Family(
         categories=turntable.CATEGORIES,
         make_scene=turntable.make_scene,
-        orbit=turntable.WALK,
-        held_out_orbit=turntable.WALK,
+        make_cameras=partial(make_orbit, orbit=turntable.WALK),
+        make_held_out_cameras=partial(make_orbit, orbit=turntable.WALK),
     ),
     "rooms": Family(
         categories=rooms.CATEGORIES,
         make_scene=rooms.make_scene,
-        orbit=rooms.ORBIT,
-        held_out_orbit=rooms.HELD_OUT_ORBIT,
+        make_cameras=partial(make_orbit, orbit=rooms.ORBIT),
+        make_held_out_cameras=partial(make_orbit, orbit=rooms.HELD_OUT_ORBIT),
+    ),
+    "corridor": Family(
+        categories=corridor.CATEGORIES,
+        make_scene=corridor.make_scene,
+        make_cameras=corridor.make_walk,
+        make_held_out_cameras=corridor.make_walk,
     ),
 }
 TEST_FRACTION = 8  # one scene in so many is held out
@@ -141,10 +148,10 @@ def write_scene(root: Path, index: int, options: SynthOptions) -> tuple[str, str
     for part in ("images", "depths", "depth_masks"):
         (folder / part).mkdir(parents=True)
     scene = family.make_scene(rng, category)
-    orbit = family.held_out_orbit if is_held_out(index) else family.orbit
+    make_cameras = family.make_held_out_cameras if is_held_out(index) else family.make_cameras
     sizes = landscape_and_portrait(options.short_side)
     annotations = []
-    for i, camera in enumerate(make_orbit(rng, orbit, scene.unit, options.frames, sizes)):
+    for i, camera in enumerate(make_cameras(rng, unit=scene.unit, frames=options.frames, sizes=sizes)):
         image, depth, cosine = render(scene, camera)
         bits, mask = stereo_depth(rng, depth, cosine)
         file = f"frame{i + 1:06d}"

@@ -50,7 +50,7 @@ def unproject(depth, camera):
 def test_every_rendered_depth_lands_on_the_analytic_surface(family, index):
     rng = np.random.default_rng((5, index))
     scene = family.make_scene(rng, family.categories[index % len(family.categories)])
-    for camera in make_orbit(rng, family.orbit, scene.unit, 3):
+    for camera in family.make_cameras(rng, unit=scene.unit, frames=3):
         image, depth, cosine = render(scene, camera)
         assert image.shape == (camera.height, camera.width, 3)
         exact = np.where(np.isfinite(depth), depth, 0)

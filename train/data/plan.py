@@ -8,13 +8,14 @@ can be resumed with any number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
 
-from train.data.views import draw_frames
+from train.data.views import OVERLAP, SPREAD, draw_frames, draw_overlapping
 from train.runtime.typed import Location, documented
 
 PATCH = 14  # image sides are multiples of it
@@ -23,12 +24,19 @@ PATCH = 14  # image sides are multiples of it
 _SHAPE, _ORDER, _SCENE, _MIX = range(4)
 
 
+Sampling = Literal["uniform", "nearby", "overlap"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardSource:
-    """A shard set to draw from. weight: its share of the scenes, in proportion to the weights of the others."""
+    """A shard set to draw from. weight: its share of the scenes, in proportion to the weights of the others.
+
+    sampling: of its views; None: as data.sampling says.
+    """
 
     path: Location
     weight: float = 1.0
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -47,8 +55,18 @@ class DataConfig:
     aspect: tuple[float, float] = documented(
         (0.33, 1.0), "smallest and largest height over width, drawn uniformly for each step"
     )
-    sampling: Literal["uniform", "nearby"] = documented(
-        "uniform", "views from the whole sequence (uniform) or from a window around one of them (nearby)"
+    view_weights: dict[int, float] | None = documented(
+        None, "fractions of the steps with so many views, {1: 0.1}; the others share what is left; null: all alike"
+    )
+    sampling: Sampling = documented(
+        "uniform",
+        "views from the whole sequence (uniform), a window around one (nearby), or that see the same (overlap)",
+    )
+    overlap: tuple[float, float] = documented(
+        OVERLAP, "least and most overlap of a view with the one it is drawn for, from 0 to 1 (sampling=overlap)"
+    )
+    spread: float = documented(
+        SPREAD, "how often a view is drawn for the newest one, not for any: 1 reaches farthest (sampling=overlap)"
     )
     augment: bool = documented(True, "whether to crop and color images at random")
     workers: int | None = documented(
@@ -64,6 +82,13 @@ class DataConfig:
         low, high = self.views
         if not 1 <= low <= high:
             raise ValueError(f"views: expected [least, most] with 1 <= least <= most, found {list(self.views)}")
+        if not 0 <= self.overlap[0] <= self.overlap[1] <= 1:
+            raise ValueError(
+                f"overlap: expected [least, most] with 0 <= least <= most <= 1, found {list(self.overlap)}"
+            )
+        if not 0 <= self.spread <= 1:
+            raise ValueError(f"spread: expected a fraction from 0 to 1, found {self.spread}")
+        self._check_view_weights()
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect: expected [least, most] with 0 < least <= most, found {list(self.aspect)}")
         if self.val_split == self.train_split:
@@ -77,9 +102,33 @@ class DataConfig:
         if self.val_scenes < 1 or self.val_views < 1 or self.val_aspect <= 0:
             raise ValueError("val_scenes and val_views: expected at least 1; val_aspect: expected more than 0")
 
+    def _check_view_weights(self) -> None:
+        weights, (low, high) = self.view_weights or {}, self.views
+        if any(not low <= views <= high for views in weights):
+            raise ValueError(f"view_weights: expected numbers of views from {low} to {high}, found {[*weights]}")
+        total = sum(weights.values())
+        whole = len(weights) == high - low + 1  # then nothing may be left
+        if any(weight < 0 for weight in weights.values()) or total > 1 + 1e-9 or (whole and total < 1 - 1e-9):
+            limit = "1" if whole else "at most 1"
+            raise ValueError(f"view_weights: expected fractions of all steps, {limit} in sum, found {weights}")
+
+    @property
+    def view_fractions(self) -> np.ndarray:
+        """How often a step has each number of views, from the fewest to the most."""
+        low, high = self.views
+        weights = self.view_weights or {}
+        others = (1 - sum(weights.values())) / max(1, high - low + 1 - len(weights))
+        found = np.array([max(0.0, weights.get(views, others)) for views in range(low, high + 1)])
+        return found / found.sum()
+
     @property
     def sources(self) -> tuple[ShardSource, ...]:
         return (ShardSource(path=self.shards),) if isinstance(self.shards, str) else self.shards or ()
+
+    @property
+    def samplings(self) -> tuple[Sampling, ...]:
+        """Of each shard set."""
+        return tuple(source.sampling or self.sampling for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -132,12 +181,14 @@ class TrainingPlan:
     """Everything that training draws.
 
     lengths: the frames of each sequence [N], of each shard set; streams: the number of each set in the random draws,
-    which stays the same when other sets join or leave; None: their order.
+    which stays the same when other sets join or leave; None: their order. neighbors: of each set that is sampled by
+    overlap, what overlaps with a frame of a sequence (train.data.split.stored_neighbors).
     """
 
     config: DataConfig
     lengths: tuple[np.ndarray, ...]
     streams: tuple[int, ...] | None = None
+    neighbors: tuple[Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None, ...] | None = None
     seed: int
     max_img_per_gpu: int
     world_size: int
@@ -147,7 +198,11 @@ class TrainingPlan:
 
     def shape(self, step: int) -> StepShape:
         config, rng = self.config, np.random.default_rng((self.seed, _SHAPE, step))
-        views = int(rng.integers(config.views[0], config.views[1] + 1))
+        low, high = config.views
+        if config.view_weights:
+            views = int(rng.choice(np.arange(low, high + 1), p=config.view_fractions))
+        else:
+            views = int(rng.integers(low, high + 1))
         return StepShape(views, image_height(config.width, rng.uniform(*config.aspect)), config.width)
 
     def after(self, state: DataState) -> DataState:
@@ -178,9 +233,18 @@ class TrainingPlan:
         order, place = divmod(position, len(lengths))
         sequence = int(_permutation(self.seed, stream, order, len(lengths))[place])
         rng = np.random.default_rng((self.seed, _SCENE, stream, position))
-        frames = draw_frames(rng, self.config.sampling, int(lengths[sequence]), views)
+        frames = self._frames(rng, source, sequence, int(lengths[sequence]), views)
         augmentation = int(rng.integers(2**62)) if self.config.augment else None
         return Scene(source, sequence, frames, augmentation)
+
+    def _frames(self, rng: np.random.Generator, source: int, sequence: int, length: int, views: int) -> tuple[int, ...]:
+        stored = self.neighbors[source] if self.neighbors is not None else None
+        if stored is not None:
+            config = self.config
+            return draw_overlapping(rng, partial(stored, sequence), length, views, config.overlap, config.spread)
+        sampling = self.config.samplings[source] if self.config.samplings else self.config.sampling
+        assert sampling != "overlap"  # its neighbors were not given
+        return draw_frames(rng, sampling, length, views)
 
 
 @lru_cache(maxsize=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +25,43 @@ class Split:
         self.lengths = tuple(part["count"].astype(np.int64) for part in rows)
         for shard_set in shard_sets:
             len(shard_set.frames)  # a remote index is fetched once, here, and a damaged one is an error now
+
+
+@dataclass(frozen=True)
+class StoredNeighbors:
+    """Of the sequences of a split: which frames overlap with a frame, as its shard set says."""
+
+    shard_set: ShardSet
+    first: np.ndarray  # the rows of the sequences' first frames [N]
+
+    def __call__(self, sequence: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """Other frames of the sequence, best first, and their overlaps from 0 to 1. Raises DamagedIndexError."""
+        first = int(self.first[sequence])
+        rows, overlaps = self.shard_set.neighbors(first + frame)
+        return rows - first, overlaps
+
+
+def stored_neighbors(split: Split, samplings: Sequence[str]) -> tuple[StoredNeighbors | None, ...]:
+    """For each set that is sampled by overlap, its neighbors. Raises ValueError if it has none stored."""
+    found: list[StoredNeighbors | None] = []
+    for shard_set, first, sampling in zip(split.shard_sets, split.first, samplings, strict=True):
+        found.append(StoredNeighbors(shard_set, first) if sampling == "overlap" else None)
+        if sampling == "overlap":
+            len(shard_set.pairs)  # of a remote set it is fetched once, here, and a missing one is an error now
+    return tuple(found)
+
+
+def lonely_frames(split: Split, neighbors: Sequence[StoredNeighbors | None], overlap: tuple[float, float]) -> float:
+    """Of the frames of sets that are sampled by overlap, the fraction without a neighbor in this range."""
+    lonely, count = 0, 0
+    for stored, all_first, lengths in zip(neighbors, split.first, split.lengths, strict=True):
+        if stored is None:
+            continue
+        for first, length in zip(all_first, lengths, strict=True):
+            values = stored.shard_set.pairs["overlap"][first : first + length] / np.float32(255)
+            fits = (values > 0) & (values >= overlap[0]) & (values <= overlap[1])
+            lonely, count = lonely + int((~fits.any(axis=1)).sum()), count + int(length)
+    return lonely / count if count else 0.0
 
 
 Members = tuple[bytes, bytes | None] | DamagedMemberError  # JPEG and depth of a frame, or why there are none

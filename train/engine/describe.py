@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shards.splits import SharedPlaces
 from train.data.plan import scenes_per_rank
-from train.data.split import Split
+from train.data.split import Split, lonely_frames, stored_neighbors
 from train.engine.checkpoint import BEST, LATEST, step_file, steps_saved
 from train.engine.folder import CHECKPOINTS
 from train.engine.settings import TrainConfig
@@ -106,6 +106,13 @@ def _data(config: TrainConfig, train: Split) -> list[str]:
         weight = f", weight {source.weight:g}" if len(config.data.sources) > 1 else ""
         size = f"{count(len(lengths), 'sequence')} of {int(lengths.sum()):,} frames in all"
         lines.append(f"data {shard_set}: {size}{weight}")
+    lonely = lonely_frames(train, stored_neighbors(train, config.data.samplings), config.data.overlap)
+    if lonely:
+        low, high = config.data.overlap
+        lines.append(
+            f"data.overlap: {lonely:.1%} of the frames have no other with an overlap of {low:g} to {high:g}; for these "
+            "what comes nearest is taken"
+        )
     return lines
 
 

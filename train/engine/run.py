@@ -233,6 +233,11 @@ class Run:
                     "config": to_dict(self.config),
                     "init_fingerprint": self.init_fingerprint,
                     "shards": [shard_set.digest for shard_set in shard_sets],
+                    "pairs": {
+                        shard_set.digest: shard_set.pairs_digest
+                        for shard_set, sampling in zip(shard_sets, self.config.data.samplings, strict=True)
+                        if sampling == "overlap"
+                    },
                 } | adapters_content(self.config.model, self.config.init, self.init_fingerprint)
                 save(folder, state.step, content, self.config.checkpoint)
             world.barrier()

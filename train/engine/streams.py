@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shards import ShardSet
+from shards.schema import PAIRS_FILE
 from train.data.plan import DataState, ShardSource
 
 Streams = dict[str, list[int]]  # by a set's digest: the number of its stream in the random draws, and the position
@@ -52,13 +53,20 @@ def mixture_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSourc
     changes = [f"data.shards: {place} joins the run" for place in joined]
     if before - now:
         changes.append(f"data.shards: {len(before - now)} of {len(before)} sets left the run")
-    weights = dict(zip(saved["shards"], _weights(saved["config"]["data"]["shards"]), strict=True))
+    former = dict(zip(saved["shards"], _sources(saved["config"]["data"]["shards"]), strict=True))
     for shard_set, source in zip(shard_sets, sources, strict=True):
-        weight = weights.get(shard_set.digest, source.weight)
-        if weight != source.weight:
-            changes.append(f"data.shards: {shard_set} now has weight {source.weight:g}, not {weight:g}")
+        was = former.get(shard_set.digest, source)
+        if was.weight != source.weight:
+            changes.append(f"data.shards: {shard_set} now has weight {source.weight:g}, not {was.weight:g}")
+        if was.sampling != source.sampling:
+            changes.append(f"data.shards: {shard_set} is now sampled as {source.sampling}, not {was.sampling}")
+        pairs = saved.get("pairs", {}).get(shard_set.digest)
+        if pairs is not None and pairs != shard_set.pairs_digest:
+            changes.append(
+                f"data.shards: {shard_set} has another {PAIRS_FILE} now, so other views are drawn from here on"
+            )
     return changes
 
 
-def _weights(shards: Any) -> list[float]:
-    return [source.get("weight", 1.0) for source in shards] if isinstance(shards, list) else [1.0]
+def _sources(shards: Any) -> list[ShardSource]:
+    return [ShardSource(**source) for source in shards] if isinstance(shards, list) else [ShardSource(path=shards)]

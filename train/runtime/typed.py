@@ -104,6 +104,13 @@ def _convert(kind: Any, value: Any, name: str, root: type) -> Any:
             length = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
             raise ValueError(f"{name}: expected a list{length} such as [{arguments[0].__name__}, ...], found {value!r}")
         return tuple(_convert(arguments[0], item, f"{name}[{i}]", root) for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: expected {{{arguments[0].__name__}: {arguments[1].__name__}}}, found {value!r}")
+        return {
+            _convert(arguments[0], k, name, root): _convert(arguments[1], v, f"{name}[{k}]", root)
+            for k, v in value.items()
+        }
     if kind is float:
         return _number(value, name)
     if type(value) is not kind:
