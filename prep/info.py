@@ -14,8 +14,9 @@ from prep.check import CaptureCheck
 from prep.packing.pack import PackResult
 from prep.packing.work import read_report
 from prep.terminal import console, counted, size_text
-from shards.index import REPAIR, sha256
-from shards.schema import DATASET_FILE, FRAMES_FILE, REPORT_FILE
+from shards.index import REPAIR, how_to_make_pairs, sha256
+from shards.pairs import Pairs
+from shards.schema import DATASET_FILE, FRAMES_FILE, PAIRS_FILE, REPORT_FILE
 
 SHOWN_DOUBTS = 5  # sequences
 
@@ -71,10 +72,10 @@ def print_info(shard_set: str) -> None:
     click.echo(f"{counted(len(opened.tars), 'tar')}, {counted(len(frames), 'frame')} ({with_depth:,} with depth)")
     click.echo(f"{members / len(frames) / 1e3:,.1f} kB a frame (JPEG and depth)")
     if opened.has_pairs:
-        neighbors = np.count_nonzero(opened.pairs["overlap"], axis=1).mean()
+        neighbors = np.count_nonzero(Pairs(opened).rows["overlap"], axis=1).mean()
         click.echo(f"{neighbors:.1f} other frames are known to see some of the same, on average")
     else:
-        click.echo(f"which frames see the same is not known; {opened.how_to_make_pairs}")
+        click.echo(f"{PAIRS_FILE}, of which frames see the same, is not there; {how_to_make_pairs(shard_set)}")
     pairs, counts = np.unique(np.stack([frames["width"], frames["height"]], axis=1), axis=0, return_counts=True)
     common = sorted(zip(counts, pairs, strict=True), key=lambda item: -item[0])[:5]
     click.echo("width x height: " + ", ".join(f"{w} x {h} ({n:,})" for n, (w, h) in common))

@@ -15,7 +15,8 @@ import shards
 from prep.packing.frames import check_camera
 from shards.build_index import complete_rows, index_tar
 from shards.codecs import decode_depth, jpeg_size
-from shards.index import REPAIR, sha256
+from shards.index import REPAIR, how_to_make_pairs, sha256
+from shards.pairs import Pairs
 from shards.schema import DATASET_FILE, FRAMES_FILE, PAIRS_FILE, SEQUENCES_FILE, row_crc
 from shards.storage import LocalStorage
 
@@ -60,7 +61,7 @@ def verify(
         if {FRAMES_FILE, SEQUENCES_FILE} & set(wrong):
             return VerifyResult(tars=0, all_tars=0, frames=0, problems=[*wrong.values()])
         checks = _check_index(shard_set)
-        pairs_problems = _pairs_problems(shard_set)
+        pairs_problems = _pairs_problems(shard_set, location)
     except (ValueError, OSError) as error:  # without an index there is no telling what the tars should hold
         return VerifyResult(tars=0, all_tars=0, frames=0, problems=[str(error)])
     count = max(1, round(sample * len(checks)))
@@ -93,18 +94,19 @@ def _check_index(shard_set: shards.ShardSet) -> list[TarCheck]:
     ]
 
 
-def _pairs_problems(shard_set: shards.ShardSet) -> list[str]:
+def _pairs_problems(shard_set: shards.ShardSet, location: str) -> list[str]:
     """What is wrong with pairs.npy, if the set has one."""
     if not shard_set.has_pairs or PAIRS_FILE in shard_set.size_problems():
         return []
     try:
         if sha256(shard_set.index_path(PAIRS_FILE)) == shard_set.dataset["files"][PAIRS_FILE]["sha256"]:
             return []
-        for frame in range(len(shard_set.pairs)):
-            shard_set.neighbors(frame)
+        pairs = Pairs(shard_set)
+        for frame in range(len(pairs.rows)):
+            pairs.neighbors(frame)
     except (ValueError, OSError) as error:
         return [str(error)]
-    return [f"{shard_set}/{PAIRS_FILE}: not the one that {DATASET_FILE} describes; {shard_set.how_to_make_pairs}"]
+    return [f"{shard_set}/{PAIRS_FILE}: not the one that {DATASET_FILE} describes; {how_to_make_pairs(location)}"]
 
 
 def _check_description(shard_set: shards.ShardSet, ends: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def _check_names(dataset: dict[str, Any]) -> None:
 
 class DamagedIndexError(ValueError):
     """An index that is not the one that was packed; says the file and what to do."""
+
+
+def how_to_make_pairs(place: str) -> str:
+    where = "DIRECTORY, and copy it there" if "://" in place else shlex.quote(place)
+    return f"make it with: vggt-prep pairs {where}"
 
 
 def map_rows(path: Path, dtype: Callable[..., np.dtype], *names: str, repair: str = REPAIR) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.index import REPAIR, DamagedIndexError, map_rows, read_dataset, sha256
+from shards.index import REPAIR, DamagedIndexError, how_to_make_pairs, map_rows, read_dataset, sha256
 from shards.schema import (
     DATASET_FILE,
     FRAMES_FILE,
@@ -24,7 +24,6 @@ from shards.schema import (
     SEQUENCES_FILE,
     frame_dtype,
     member_key,
-    pair_dtype,
     row_crc,
     sequence_dtype,
 )
@@ -133,42 +132,6 @@ class ShardSet:
         """SHA-256 of pairs.npy, None if the set has none."""
         return self.dataset["files"].get(PAIRS_FILE, {}).get("sha256")
 
-    @cached_property
-    def pairs(self) -> np.ndarray:
-        """The rows of pairs.npy (shards.schema.pair_dtype), mapped from disk.
-
-        Raises ValueError if the set has none, DamagedIndexError if it is another one.
-        """
-        if not self.has_pairs:
-            raise ValueError(f"{self}: has no {PAIRS_FILE}; {self.how_to_make_pairs}")
-        path = self.index_path(PAIRS_FILE)
-        if not path.is_file() or path.stat().st_size != self.dataset["files"][PAIRS_FILE]["size"]:
-            raise DamagedIndexError(f"{path}: missing or cut off; {self.how_to_make_pairs}")
-        rows = map_rows(path, pair_dtype, "overlap", repair=self.how_to_make_pairs)
-        if len(rows) != len(self.frames):
-            raise DamagedIndexError(
-                f"{path}: has {len(rows)} rows for {len(self.frames)} frames; {self.how_to_make_pairs}"
-            )
-        return rows
-
-    @property
-    def how_to_make_pairs(self) -> str:
-        where = shlex.quote(str(self)) if isinstance(self.storage, LocalStorage) else "DIRECTORY, and copy it there"
-        return f"make it with: vggt-prep pairs {where}"
-
-    def neighbors(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the frames that overlap with a frame, best first, and their overlaps from 0 to 1.
-
-        Raises ValueError as `pairs` does, DamagedIndexError for a row that is not as it was written.
-        """
-        row = self.pairs[frame]
-        count = np.count_nonzero(row["overlap"])
-        sequence = self.sequences[self.row(frame)["sequence"]]
-        others = row["neighbors"][:count].astype(np.int64)
-        if row_crc(row) != row["row_crc"] or (others >= sequence["count"]).any():
-            raise DamagedIndexError(f"{self}/{PAIRS_FILE}: row {frame} is damaged; {self.how_to_make_pairs}")
-        return others + int(sequence["first"]), row["overlap"][:count] / 255
-
     def index_path(self, name: str) -> Path:
         """Where a file of the index lies on this machine; that of a remote set is fetched once."""
         if isinstance(self.storage, LocalStorage):
@@ -201,7 +164,7 @@ class ShardSet:
         files, found = self.dataset["files"], {}
         known = [FRAMES_FILE, SEQUENCES_FILE, *self.tars]  # a later version may list others
         known += [PAIRS_FILE] if self.has_pairs else []
-        advices = {FRAMES_FILE: REPAIR, SEQUENCES_FILE: REPAIR, PAIRS_FILE: self.how_to_make_pairs}
+        advices = {FRAMES_FILE: REPAIR, SEQUENCES_FILE: REPAIR, PAIRS_FILE: how_to_make_pairs(str(self))}
         for name, size in zip(known, self.storage.sizes(known), strict=True):
             if size != files[name]["size"]:
                 state = f"has {size} bytes, not {files[name]['size']} as {DATASET_FILE} says"
@@ -218,8 +181,8 @@ class ShardSet:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the hashes of index and tars: two sets with the same digest hold the same frames."""
-        files = {name: entry for name, entry in self.dataset["files"].items() if name != PAIRS_FILE}
-        lines = (f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()))
+        files = self.dataset["files"]
+        lines = (f"{name} {files[name]['sha256']}\n" for name in sorted([FRAMES_FILE, SEQUENCES_FILE, *self.tars]))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def split(self, split: str) -> np.ndarray:

@@ -36,7 +36,9 @@ def make_scene(rng: np.random.Generator, _: str) -> Scene:
     return Scene(shapes=tuple(shapes), light=make_light(rng), unit=unit)
 
 
-def make_walk(rng: np.random.Generator, unit: float, frames: int, sizes: tuple[tuple[int, int], ...]) -> list[Camera]:
+def make_walk(
+    rng: np.random.Generator, unit: float, frames: int, sizes: tuple[tuple[int, int], ...] = SIZES
+) -> list[Camera]:
     """A walk from one end to the other, that looks to the one side and the other."""
     (height, width), intrinsics = make_pinhole(rng, HALF_VIEW, sizes)
     time = np.linspace(0, 1, frames)

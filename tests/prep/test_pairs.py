@@ -17,6 +17,7 @@ from prep.packing.pairs import add_pairs, candidates, fill_rows, spread_ranks
 from prep.verify import verify
 from shards.index import DamagedIndexError
 from shards.overlap import View, views_of
+from shards.pairs import Pairs
 from shards.schema import PAIRS_FILE, pair_dtype, row_crc
 
 HALF = 5.0  # of a square room
@@ -93,7 +94,8 @@ def test_neighbors_are_the_best_ones_and_some_of_the_others():
 def test_pack_measures_them_with_the_overlap_that_both_sides_have(shard_dir):
     opened = shards.open(shard_dir)
     length = int(opened.sequences["count"][0])
-    overlaps = {(i, int(j)): o for i in range(length) for j, o in zip(*opened.neighbors(i), strict=True)}
+    pairs = Pairs(opened)
+    overlaps = {(i, int(j)): o for i in range(length) for j, o in zip(*pairs.neighbors(i), strict=True)}
     assert len(overlaps) > length
     assert all(0 < o <= 1 and i != j < length for (i, j), o in overlaps.items())
     assert all(overlaps[j, i] == o for (i, j), o in overlaps.items())  # all fit: none was left out
@@ -109,7 +111,7 @@ def test_a_set_without_pairs_says_how_to_make_them_and_gets_the_same_ones(captur
     before, digest = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}, shards.open(out).digest
     in_use = shards.open(out)
     with pytest.raises(ValueError, match="vggt-prep pairs"):
-        _ = in_use.pairs
+        Pairs(in_use)
     done = vggt_prep("pairs", out, "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
@@ -159,7 +161,7 @@ def test_a_sequence_of_one_frame_has_no_neighbors(tmp_path, captures):
     assert done.returncode == 0, done.stderr
     assert "frames that see nothing of any other: 1" in done.stdout
     opened = shards.open(out)
-    assert [len(part) for part in opened.neighbors(0)] == [0, 0]
+    assert [len(part) for part in Pairs(opened).neighbors(0)] == [0, 0]
 
 
 def test_frames_without_depth_are_marked_as_guessed():
@@ -175,7 +177,7 @@ def test_every_flipped_byte_is_found_by_verify_and_wrong_rows_by_the_reader(copi
     path = copied / PAIRS_FILE
     good = path.read_bytes()
     rng = np.random.default_rng(0)
-    header = len(good) - len(shards.open(copied).pairs.tobytes())
+    header = len(good) - len(Pairs(shards.open(copied)).rows.tobytes())
     for place in [*rng.integers(0, header, 10), *rng.integers(header, len(good), 30)]:
         damaged = bytearray(good)
         damaged[place] ^= 1 << int(rng.integers(8))
@@ -183,14 +185,14 @@ def test_every_flipped_byte_is_found_by_verify_and_wrong_rows_by_the_reader(copi
         (problem,) = verify(str(copied), executor, sample=0.01).problems
         assert all(words in problem for words in (PAIRS_FILE, "vggt-prep pairs")), (place, problem)
         if place >= header:
-            frame = int(place - header) // pair_dtype(shards.open(copied).pairs["overlap"].shape[1]).itemsize
+            frame = int(place - header) // pair_dtype(Pairs(shards.open(copied)).rows["overlap"].shape[1]).itemsize
             with pytest.raises(DamagedIndexError, match=rf"row {frame} is damaged; make it with: vggt-prep pairs"):
-                shards.open(copied).neighbors(frame)
+                Pairs(shards.open(copied)).neighbors(frame)
     path.write_bytes(good[:-1])
     assert "vggt-prep pairs" in verify(str(copied), executor, sample=0.01).problems[0]
     opened = shards.open(copied)  # it is of use without
     with pytest.raises(DamagedIndexError, match="missing or cut off"):
-        _ = opened.pairs
+        Pairs(opened)
     add_pairs(copied, executor)
     assert path.read_bytes() == good
 
@@ -216,7 +218,7 @@ def test_real_captures_overlap_as_their_cameras_move(co3d_mini, tmp_path):
     for first, count in zip(opened.sequences["first"], opened.sequences["count"], strict=True):
         following = []
         for frame in range(int(first), int(first + count) - 1):
-            others, overlaps = opened.neighbors(frame)
+            others, overlaps = Pairs(opened).neighbors(frame)
             following.append(overlaps[others == frame + 1].sum())
             assert overlaps[0] > 0.7
         assert np.mean(following) > 0.9

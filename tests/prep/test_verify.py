@@ -390,7 +390,7 @@ def test_a_description_whose_names_lead_elsewhere_is_refused(small_set, tmp_path
 def test_files_that_a_reader_does_not_know_are_ignored(small_set, tmp_path):
     """Later versions may add some to the index; whatever they are called, nothing looks for them."""
     dataset = json.loads((small_set / "dataset.json").read_bytes())
-    dataset["files"] |= {"pairs.npy": {"size": 3, "sha256": "of later"}, "../../evil": {"size": 1}}
+    dataset["files"] |= {"tracks.npy": {"size": 3, "sha256": "of later"}, "../../evil": {"size": 1}}
     dataset[SELF_CRC] = CRC_ZEROS
     dataset[SELF_CRC] = self_crc(json_bytes(dataset), CRC_ZEROS)
     opened = shards.open(linked(small_set, tmp_path / "set", "dataset.json", json_bytes(dataset)))

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from web import PlainHandler, served
 
 import shards
+from shards.pairs import Pairs
 from shards.reader import MAX_WASTE, merge_spans
 from shards.storage import Span
 from shards.writer import write_tar
@@ -72,8 +73,14 @@ def test_the_index_of_a_remote_set_is_fetched_once(shard_dir, cache):
         opened = shards.open(server.url)
         opened.read(0)
         assert not any(path.endswith(".npy") for method, path, _ in server.requests if method == "GET")
+        copies = list(cache.rglob("*.npy"))
+        assert sorted(path.name for path in copies) == ["frames.npy", "sequences.npy"]
+        for _ in range(2):  # what is not needed comes when it is
+            others, overlaps = Pairs(shards.open(server.url)).neighbors(0)
+            assert len(others) == len(overlaps) > 0
+        fetched = [path for method, path, _ in server.requests if method == "GET" and path == "/pairs.npy"]
+        assert len(fetched) == 1
     copies = list(cache.rglob("*.npy"))
-    assert sorted(path.name for path in copies) == ["frames.npy", "sequences.npy"]
     assert {path.parent.name for path in copies} == {
         entry["sha256"] for name, entry in opened.dataset["files"].items() if name.endswith(".npy")
     }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from shards.pairs import Pairs
 from shards.reader import DamagedMemberError, ShardSet
 from train.data.plan import Scene, Step
 
@@ -34,10 +37,17 @@ class StoredNeighbors:
     shard_set: ShardSet
     first: np.ndarray  # the rows of the sequences' first frames [N]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredNeighbors, (self.shard_set, self.first)  # without what is mapped
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        return Pairs(self.shard_set)
+
     def __call__(self, sequence: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """Other frames of the sequence, best first, and their overlaps from 0 to 1. Raises DamagedIndexError."""
         first = int(self.first[sequence])
-        rows, overlaps = self.shard_set.neighbors(first + frame)
+        rows, overlaps = self.pairs.neighbors(first + frame)
         return rows - first, overlaps
 
 
@@ -45,9 +55,10 @@ def stored_neighbors(split: Split, samplings: Sequence[str]) -> tuple[StoredNeig
     """For each set that is sampled by overlap, its neighbors. Raises ValueError if it has none stored."""
     found: list[StoredNeighbors | None] = []
     for shard_set, first, sampling in zip(split.shard_sets, split.first, samplings, strict=True):
-        found.append(StoredNeighbors(shard_set, first) if sampling == "overlap" else None)
-        if sampling == "overlap":
-            len(shard_set.pairs)  # of a remote set it is fetched once, here, and a missing one is an error now
+        stored = StoredNeighbors(shard_set, first) if sampling == "overlap" else None
+        if stored is not None:
+            _ = stored.pairs  # of a remote set it is fetched once, here, and a missing one is an error now
+        found.append(stored)
     return tuple(found)
 
 
@@ -58,7 +69,7 @@ def lonely_frames(split: Split, neighbors: Sequence[StoredNeighbors | None], ove
         if stored is None:
             continue
         for first, length in zip(all_first, lengths, strict=True):
-            values = stored.shard_set.pairs["overlap"][first : first + length] / np.float32(255)
+            values = stored.pairs.rows["overlap"][first : first + length] / np.float32(255)
             fits = (values > 0) & (values >= overlap[0]) & (values <= overlap[1])
             lonely, count = lonely + int((~fits.any(axis=1)).sum()), count + int(length)
     return lonely / count if count else 0.0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import shards
 from shards.index import DamagedIndexError
+from shards.pairs import Pairs
 from shards.schema import PAIRS_FILE
 from train.data.batches import TrainingSteps
 from train.data.plan import DataConfig, ShardSource, TrainingPlan
@@ -140,7 +141,7 @@ def test_a_set_without_pairs_is_refused_with_the_command_that_makes_them(capture
 def test_a_damaged_row_ends_the_data_with_one_line(shard_dir, tmp_path):
     copy = shutil.copytree(shard_dir, tmp_path / "set")
     data = bytearray((copy / PAIRS_FILE).read_bytes())
-    rows = shards.open(copy).pairs
+    rows = Pairs(shards.open(copy)).rows
     for place in range(len(data) - rows.nbytes, len(data), rows.itemsize):
         data[place] ^= 1
     (copy / PAIRS_FILE).write_bytes(data)
