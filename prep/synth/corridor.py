@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prep.synth.looks import f32, make_light, make_patchwork
-from prep.synth.orbit import aimed_cameras, make_pinhole
+from prep.synth.orbit import SIZES, aimed_cameras, make_pinhole
 from prep.synth.render import Box, Camera, Ground, Scene, Shape, Sphere, Walls
 
 CATEGORIES = ("corridor",)
