@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from prep.importers.source import Capture
-from prep.matches import Pair, View, epipolar_distances, inverse, matched_pairs, triangulated
+from prep.matches import MatchedView, Pair, epipolar_distances, inverse, matched_pairs, triangulated
 
 MIN_PAIRS = 3
 NEAR = 4.0  # pixels from the given cameras' epipolar lines: phone tracking is no more accurate
@@ -74,7 +74,9 @@ def check_capture(capture: Capture) -> CaptureCheck:
     return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
 
 
-Change = Callable[[View], tuple[np.ndarray, np.ndarray]]  # a view -> extrinsics and intrinsics under a hypothesis
+Change = Callable[
+    [MatchedView], tuple[np.ndarray, np.ndarray]
+]  # a view -> extrinsics and intrinsics under a hypothesis
 GIVEN = "as given"
 
 

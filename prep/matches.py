@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,15 +15,17 @@ from prep.importers.source import Frame
 from prep.packing.frames import FrameOptions, pack_frame
 from prep.packing.reading import BadFrameError
 from shards.codecs import decode_depth, decode_jpeg
+from shards.overlap import View, Views, views_of
 
 PAIRS = 15  # of views, evenly over the capture
 SHORT_SIDE = 480
 MATCH_RATIO, CLEAN = 0.75, 1.5  # Lowe's ratio of SIFT distances; RANSAC's epipolar threshold in pixels
 MIN_MATCHES = 25
+MOST_GUESSED, GUESSES, LIKELY = 200, 3, 0.8  # frames to guess overlaps of; those to try for one; the overlap sought
 
 
 @dataclass
-class View:
+class MatchedView:
     """An image with its camera, and those before and after it in the capture."""
 
     image: np.ndarray  # gray
@@ -33,20 +36,21 @@ class View:
     after: np.ndarray
 
 
-Pair = tuple[View, View, np.ndarray, np.ndarray]  # with pixels [n, 2] of the matches in both
+Pair = tuple[MatchedView, MatchedView, np.ndarray, np.ndarray]  # with pixels [n, 2] of the matches in both
 
 
 def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
     """Matched pairs of views, evenly over the capture; how many frames were usable, and why the others were not.
 
-    The gap within a pair starts as the gap between pairs, and is halved until there are enough matches.
+    The gap within a pair starts as the gap between pairs, and is halved until there are enough matches. Where the order
+    of the frames does not help, those are tried that should see the same by their cameras, whose poses may be wrong.
     """
     sift = cv2.SIFT.create(3000)
     reasons: Counter[str] = Counter()
     usable = 0
 
     @cache
-    def seen(number: int) -> tuple[View, Any] | None:
+    def seen(number: int) -> tuple[MatchedView, Any] | None:
         nonlocal usable
         try:
             view = _view(frames, number)
@@ -56,20 +60,38 @@ def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
         usable += 1
         return view, sift.detectAndCompute(view.image, None)
 
+    @cache
+    def guessed_overlaps(size: tuple[int, int]) -> tuple[np.ndarray, Views]:
+        some = np.unique(np.linspace(0, len(frames) - 1, MOST_GUESSED).round().astype(int))
+        return some, views_of(View(None, size, *frames[i].camera.opencv(*size)) for i in some)
+
+    def partners(number: int, size: tuple[int, int]) -> Iterator[int]:
+        gap = max(1, len(frames) // PAIRS)
+        while gap:
+            yield min(number + gap, len(frames) - 1)
+            gap //= 2
+        with np.errstate(all="ignore"):  # of cameras that are not finite
+            some, views = guessed_overlaps(size)
+            nearest = int(np.abs(some - number).argmin())
+            others = np.delete(np.arange(len(some)), nearest)
+            overlaps = views.overlaps(np.stack([np.full(len(others), nearest), others], axis=1))
+        yield from map(int, some[others[np.argsort(np.abs(overlaps - LIKELY))[:GUESSES]]])
+
     pairs = []
     for number in np.unique(np.linspace(0, max(0, len(frames) - 2), PAIRS).round().astype(int)):
-        gap = max(1, len(frames) // PAIRS)
-        while gap and (first := seen(int(number))) is not None:
-            second = seen(min(int(number) + gap, len(frames) - 1))
-            pair = None if second is None else _matched(first, second)
+        first = seen(int(number))
+        if first is None:
+            continue
+        for partner in partners(int(number), first[0].image.shape[:2]):
+            second = seen(partner)
+            pair = None if second is None or partner == number else _matched(first, second)
             if pair is not None:
                 pairs.append(pair)
                 break
-            gap //= 2
     return pairs, usable, reasons
 
 
-def _view(frames: list[Frame], number: int) -> View:
+def _view(frames: list[Frame], number: int) -> MatchedView:
     """Raises BadFrameError."""
     # Without quarter turns: they may come from the poses, which may be wrong.
     packed = pack_frame(replace(frames[number], quarter_turns=0), FrameOptions(short_side=SHORT_SIDE))
@@ -78,7 +100,7 @@ def _view(frames: list[Frame], number: int) -> View:
     before, after = (frame.camera.opencv(*size)[0] for frame in around)
     image, _ = decode_jpeg(packed.jpeg)
     depth = None if packed.depth is None else decode_depth(packed.depth, *size).astype(float)
-    return View(
+    return MatchedView(
         image=cv2.cvtColor(image, cv2.COLOR_RGB2GRAY),
         depth=None if depth is None else depth * packed.meta.depth_scale,
         extrinsics=packed.meta.extrinsics,
@@ -88,7 +110,7 @@ def _view(frames: list[Frame], number: int) -> View:
     )
 
 
-def _matched(a: tuple[View, Any], b: tuple[View, Any]) -> Pair | None:
+def _matched(a: tuple[MatchedView, Any], b: tuple[MatchedView, Any]) -> Pair | None:
     """The matches of two views, cleaned by the geometry that fits these best, whatever the cameras say."""
     (view_a, (keys_a, of_a)), (view_b, (keys_b, of_b)) = a, b
     if of_a is None or of_b is None or len(of_b) < 2:

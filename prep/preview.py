@@ -23,10 +23,11 @@ from shards.geometry import (
     project,
     scale_intrinsics,
 )
+from shards.pairs import Pairs
 from shards.writer import atomic_file
 
 STRIP_FRAMES, STRIP_HEIGHT = 8, 150
-PAIR_HEIGHT, PAIR_STEP = 300, 10  # the second view of a pair lies a tenth of the sequence after the first
+PAIR_HEIGHT, PAIR_STEP = 300, 10  # without overlaps, the second view of a pair lies a tenth of the sequence later
 CHECKER = 40  # pixels
 POINTS = 4000  # a frame, of the view from above
 
@@ -41,7 +42,8 @@ first red, the last blue, over points of its depths. Then a pair of views A and 
 depth of B and both cameras, and the same in a checkerboard with B. With right cameras and depths the last two look
 like B but for what is hidden from A, where the thing in front appears twice; where lines break at the squares' edges,
 a camera, an intrinsic or a depth is wrong. Of depth that is single points, A and B with these, by depth: the same
-point must lie on the same thing in both.
+point must lie on the same thing in both. Last a frame from the middle beside the nearest, the median and the farthest
+of the frames that are stored as overlapping with it, and the part that each sees of the other.
 """
 
 
@@ -104,9 +106,13 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
     lines += [words] if (words := kind_of_depth(shard_set.dataset, name)) else []
     pictures = [_strip(views, cameras)]
     if known and count > 1:
-        pair = [View(shard_set, first + i, PAIR_HEIGHT) for i in (0, max(1, count // PAIR_STEP))]
+        pair = [View(shard_set, frame, PAIR_HEIGHT) for frame in _pair_of(shard_set, first, count)]
         agreement, picture = _pair(*pair)
         lines.append(f"A = {pair[0].name}, B = {pair[1].name}: {agreement}")
+        pictures.append(picture)
+    if shard_set.has_pairs:
+        words, picture = _neighbors(shard_set, first + count // 2)
+        lines.append(words)
         pictures.append(picture)
     text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     return text + "".join(f'<img src="data:image/jpeg;base64,{_base64(picture)}">' for picture in pictures)
@@ -133,6 +139,15 @@ def _seen(view: View) -> np.ndarray:
     return drawing.as_dots(view.geometry.depth) if view.is_scattered else view.geometry.depth
 
 
+def _pair_of(shard_set: ShardSet, first: int, count: int) -> tuple[int, int]:
+    """The first frame of a sequence and the one that sees half of the same, if that is known, else one not far."""
+    if shard_set.has_pairs:
+        others, overlaps = Pairs(shard_set).neighbors(first)
+        if len(others):
+            return first, int(others[np.abs(overlaps - 0.5).argmin()])
+    return first, first + max(1, count // PAIR_STEP)
+
+
 def _pair(a: View, b: View) -> tuple[str, np.ndarray]:
     """How well two views fit each other, in words and as a picture."""
     if a.is_scattered or b.is_scattered:
@@ -149,6 +164,16 @@ def _pair(a: View, b: View) -> tuple[str, np.ndarray]:
     v, u = np.mgrid[: shape[0], : shape[1]] // CHECKER
     checker = np.where(((u + v) % 2 == 0)[..., None], warped, b.image)
     return words, drawing.row([a.image, b.image, warped, checker])
+
+
+def _neighbors(shard_set: ShardSet, frame: int) -> tuple[str, np.ndarray]:
+    """A frame beside the nearest, the median and the farthest of those that see some of the same."""
+    others, overlaps = Pairs(shard_set).neighbors(frame)
+    places = dict.fromkeys([0, len(others) // 2, len(others) - 1]) if len(others) else {}
+    views = [View(shard_set, frame, STRIP_HEIGHT), *(View(shard_set, int(others[i]), STRIP_HEIGHT) for i in places)]
+    found = ", ".join(f"{view.name} {overlaps[i]:.0%}" for i, view in zip(places, views[1:], strict=True))
+    words = f"{views[0].name} overlaps with {found}" if found else f"{views[0].name} overlaps with no other frame"
+    return words, drawing.row([view.image for view in views])
 
 
 def _base64(picture: np.ndarray) -> str:

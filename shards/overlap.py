@@ -13,7 +13,9 @@ from functools import cache
 
 import numpy as np
 
+from shards.codecs import decode_depth
 from shards.geometry import scale_intrinsics
+from shards.reader import ShardSet
 
 SIDE = 128  # pixels of a small map's longer side
 POINTS = 256  # of a view
@@ -30,18 +32,24 @@ OUTWARD = 4.0  # typical depth over the typical distance between cameras, where 
 class View:
     """A view with a small depth map: what it sees of another one's points is looked up there.
 
-    depth [H, W] along z in the translations' units, 0 where unknown, or None; size: (H, W).
+    depth [H, W] times depth_scale: along z in the translations' units, 0 where unknown; None: none is known.
+    size: (H, W).
     """
 
     def __init__(
-        self, depth: np.ndarray | None, size: tuple[int, int], extrinsics: np.ndarray, intrinsics: np.ndarray
+        self,
+        depth: np.ndarray | None,
+        size: tuple[int, int],
+        extrinsics: np.ndarray,
+        intrinsics: np.ndarray,
+        depth_scale: float = 1.0,
     ) -> None:
         step = max(1, -(-max(size) // SIDE))
         self.extrinsics, self.intrinsics = extrinsics, scale_intrinsics(intrinsics, 1 / step, 1 / step)
         self.limits = np.array([size[1] / step, size[0] / step]) - 0.5  # where the image ends: u, v
         self.shape = (-(-size[0] // step), -(-size[1] // step))
         depth = np.zeros(size, np.float16) if depth is None else depth
-        self.map = shrunk(depth, step).astype(np.float32)
+        self.map = shrunk(depth, step).astype(np.float32) * np.float32(depth_scale)
         self.has_depth = bool((self.map > 0).any())
 
     def some_pixels(self) -> np.ndarray:
@@ -58,6 +66,15 @@ class View:
         k = self.intrinsics
         rays = np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones(POINTS)], axis=1)
         return (rays * z[:, None] - self.extrinsics[:, 3]) @ self.extrinsics[:, :3]
+
+
+def stored_view(shard_set: ShardSet, frame: int) -> View:
+    """A frame of a shard set. Raises DamagedMemberError, ValueError, StorageError."""
+    row = shard_set.row(frame)
+    size = int(row["height"]), int(row["width"])
+    _, depth = shard_set.read(frame)
+    known = None if depth is None else decode_depth(depth, *size)
+    return View(known, size, np.array(row["extrinsics"]), np.array(row["intrinsics"]), float(row["depth_scale"]))
 
 
 def shrunk(depth: np.ndarray, step: int) -> np.ndarray:

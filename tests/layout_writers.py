@@ -10,9 +10,8 @@ import cv2
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from prep.synth.orbit import make_orbit
 from prep.synth.render import render
-from prep.synth.turntable import ORBIT, make_scene
+from prep.synth.synth import FAMILIES
 
 
 @dataclass
@@ -27,11 +26,11 @@ class View:
         return np.linalg.inv(np.vstack([self.cam_from_world, [0, 0, 0, 1]]))
 
 
-def rendered(frames=8, seed=3):
+def rendered(frames=8, seed=3, family=FAMILIES["turntable"], category="mixed"):
     rng = np.random.default_rng(seed)
-    scene = make_scene(rng, "mixed")
+    scene = family.make_scene(rng, category)
     views = []
-    for camera in make_orbit(rng, ORBIT, scene.unit, frames):
+    for camera in family.make_cameras(rng, unit=scene.unit, frames=frames):
         image, depth, _ = render(scene, camera)
         pose = camera.cam_from_world.copy()
         pose[:, 3] *= 2 / scene.unit  # in the range of a phone's sensor, whatever the scene's unit

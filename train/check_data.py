@@ -32,12 +32,14 @@ from train.data.plan import TrainingPlan
 from train.data.split import Split, stored_neighbors
 from train.data.workers import worker_count
 from train.engine.settings import TrainConfig
+from train.report.overlaps import draw_pairs, drawn_pairs
 from train.report.pictures import save_picture
 from train.report.words import describe_damage
 
 PLANNED, SHOWN, MAX_VIEWS, ROW_HEIGHT = 8, 4, 8, 150  # steps in the table; scenes, views and pixels on the sheet
 DOUBTFUL = 0.4  # below that fraction of agreeing pixels, something is probably wrong
-SHEET_FILE = "data.png"
+STRANGERS = 0.1  # views that overlap less
+SHEET_FILE, VIEWS_FILE = "data.png", "views.png"
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--config", help="YAML file of a run; without it the defaults")
     parser.add_argument("--steps", type=int, default=20, help="batches to load (default 20)")
     parser.add_argument(
-        "--out", type=user_path, default=Path("."), help=f"folder that gets {SHEET_FILE} (default: here)"
+        "--out", type=user_path, default=Path("."), help=f"folder for {SHEET_FILE} and {VIEWS_FILE} (here)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.shards=DIR data.workers=4")
     arguments = parser.parse_intermixed_args()
@@ -112,6 +114,20 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
         f"{out / SHEET_FILE}: views and depths of the first step's scenes, cropped as they are trained on "
         f"(at most {SHOWN} scenes and {MAX_VIEWS} views of each)"
     )
+    drawn = drawn_pairs(split, plan)
+    save_picture(out / VIEWS_FILE, draw_pairs(drawn))
+    for sampling, (overlaps, _) in drawn.items():
+        print(f"{sampling:>8} sampling: two views overlap by {describe_overlaps(overlaps)}")
+    print(f"{out / VIEWS_FILE}: what views of a scene have in common, by data.sampling")
+    if np.median(drawn["uniform"][0]) < STRANGERS and config.data.sampling == "uniform":
+        print("Most views that are drawn at random see nothing of each other: try data.sampling=overlap")
+
+
+def describe_overlaps(overlaps: np.ndarray) -> str:
+    if not len(overlaps):
+        return "nothing, as there is one view in a scene"
+    low, middle, high = np.percentile(overlaps, [10, 50, 90])
+    return f"{middle:.0%} (median; 80% of the pairs by {low:.0%} to {high:.0%})"
 
 
 def print_plan(plan: TrainingPlan) -> None:

@@ -39,7 +39,7 @@ from train.evaluation.results import make_results
 from train.evaluation.scene_result import SceneResult
 from train.report.logger import METRICS_FILE
 from train.report.page import make_page
-from train.report.tables import table
+from train.report.tables import overlap_table, table
 from train.report.words import describe_damage, headline, remarks, verdicts
 from train.runtime.distributed import World, fail, start_world
 from train.runtime.jsonl import read_jsonl
@@ -76,6 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="fast: 10 sequences a category")
     parser.add_argument("--min-frames", type=int, default=50, help="of a sequence (the protocol's: 50)")
     parser.add_argument("--views", type=int, default=10, help="of a sequence (the protocol's: 10)")
+    parser.add_argument(
+        "--views-from", choices=("uniform", "overlap"), default="uniform", help="overlap: that see the same (uniform)"
+    )
     parser.add_argument("--split", choices=("train", "test"), default="test", help="(the protocol's: test)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--width", type=int, help="pixels of the images (default: as a run's checkpoint was trained)")
@@ -102,6 +105,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
         split=arguments.split,
         min_frames=arguments.min_frames,
         views=arguments.views,
+        views_from=arguments.views_from,
         fast=arguments.protocol.endswith("fast"),
         seed=arguments.seed,
         width=next(iter(widths.values()), model.config.image_size) if arguments.width is None else arguments.width,
@@ -216,6 +220,8 @@ def publish(results: dict[str, Any], gallery: list[tuple[str, SceneResult]], sho
         console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         console.print(headline(results))
         console.print(table(results))
+        if any(results["by_overlap"].values()):
+            console.print(overlap_table(results))
         for line in [*remarks(results), *verdicts(results)]:
             console.print(line)
     console.print(f"\n{out / PAGE_FILE}: pictures and 3D scenes; {out / RESULTS_FILE}: all metrics")

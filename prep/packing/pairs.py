@@ -11,10 +11,9 @@ import numpy as np
 
 import shards
 from shards.build_index import write_dataset
-from shards.codecs import decode_depth
 from shards.index import read_dataset, sha256
 from shards.locks import locked
-from shards.overlap import View, Views, views_of
+from shards.overlap import Views, stored_view, views_of
 from shards.schema import DATASET_FILE, PAIRS_FILE, pair_dtype, row_crc
 from shards.writer import atomic_file, remove_leftovers
 
@@ -72,18 +71,11 @@ def pairs_of_tar(shard_set: shards.ShardSet, first: int, end: int, neighbors: in
     frame = first
     while frame < end:
         count = int(shard_set.sequences[shard_set.row(frame)["sequence"]]["count"])
-        views = views_of(_view(shard_set, i) for i in range(frame, frame + count))
+        views = views_of(stored_view(shard_set, i) for i in range(frame, frame + count))
         fill_rows(rows[frame - first : frame - first + count], views)
         frame += count
     with atomic_file(part) as file:
         np.save(file, rows, allow_pickle=False)
-
-
-def _view(shard_set: shards.ShardSet, frame: int) -> View:
-    row = shard_set.row(frame)
-    size = int(row["height"]), int(row["width"])
-    _, depth = shard_set.read(frame)
-    return View(None if depth is None else decode_depth(depth, *size), size, row["extrinsics"], row["intrinsics"])
 
 
 def fill_rows(rows: np.ndarray, views: Views) -> None:

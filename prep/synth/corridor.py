@@ -10,17 +10,20 @@ from prep.synth.render import Box, Camera, Ground, Scene, Shape, Sphere, Walls
 
 CATEGORIES = ("corridor",)
 LENGTH, WIDTH, HEIGHT = 20.0, 4.0, 3.2  # in the scene's unit
-THINGS = 24  # along both sides
+THINGS = 36  # along both sides
 HALF_VIEW = (0.38, 0.65)  # radians, along the image's longer side
-SWING = 1.7  # radians to either side that the camera looks, as it walks
+PATCHES = (11, 23, 47, 95)  # along the length: no place looks like another
+SWING = 1.3  # radians to either side that the camera looks, as it walks
 
 
 def make_scene(rng: np.random.Generator, _: str) -> Scene:
     """A corridor along x, with things along both of its sides."""
     unit = float(rng.uniform(1, 8))
-    floor = Ground(radius=LENGTH * unit, texture=make_patchwork(rng), tile=rng.uniform(3, 7) * unit)
+    look = {"tile": LENGTH * unit}
+    floor = Ground(radius=LENGTH * unit, texture=make_patchwork(rng, 512, PATCHES), **look)
     size = f32([LENGTH / 2, WIDTH / 2, HEIGHT]) * f32(unit)
-    walls = Walls(center=f32([0, 0, 0]), half_size=size, yaw=0.0, texture=make_patchwork(rng), tile=16 * unit)
+    texture = make_patchwork(rng, 512, PATCHES)
+    walls = Walls(center=f32([0, 0, 0]), half_size=size, yaw=0.0, texture=texture, **look)
     shapes: list[Shape] = [floor, walls]
     for i in range(THINGS):
         along = (i + rng.uniform(0.2, 0.8)) / THINGS * LENGTH - LENGTH / 2

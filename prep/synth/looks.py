@@ -33,11 +33,14 @@ def make_texture(rng: np.random.Generator, size: int = 128) -> np.ndarray:
     return np.clip(base + pattern[..., None] * (0.12 + other * 0.6), 0.02, 1).astype(np.float32)
 
 
-def make_patchwork(rng: np.random.Generator, size: int = 128) -> np.ndarray:
-    """Colors of all kinds, hardly the same at any two places of it: [size, size, 3] in 0..1."""
+def make_patchwork(rng: np.random.Generator, size: int = 128, patches: tuple[int, ...] = (2, 5, 11, 23)) -> np.ndarray:
+    """Colors of all kinds, hardly the same at any two places of it: [size, size, 3] in 0..1.
+
+    patches: how many there are along a side, large and small ones.
+    """
     texture = np.broadcast_to(f32(rng.uniform(0.15, 0.85, 3)), (size, size, 3)).copy()
     contrast = rng.uniform(0.1, 0.3)
-    for cells in (2, 5, 11, 23):
+    for cells in patches:
         noise = rng.standard_normal((cells, cells, 3)).astype(np.float32)
         noise = 0.6 * noise + 0.4 * noise.mean(2, keepdims=True)
         wrapped = np.pad(noise, ((1, 1), (1, 1), (0, 0)), mode="wrap")

@@ -15,8 +15,9 @@ import shards
 from prep.packing import pairs as packing_pairs
 from prep.packing.pairs import add_pairs, candidates, fill_rows, spread_ranks
 from prep.verify import verify
+from shards.codecs import decode_depth, encode_depth
 from shards.index import DamagedIndexError
-from shards.overlap import View, views_of
+from shards.overlap import View, stored_view, views_of
 from shards.pairs import Pairs
 from shards.schema import PAIRS_FILE, pair_dtype, row_crc
 
@@ -222,3 +223,26 @@ def test_real_captures_overlap_as_their_cameras_move(co3d_mini, tmp_path):
             following.append(overlaps[others == frame + 1].sum())
             assert overlaps[0] > 0.7
         assert np.mean(following) > 0.9
+
+
+def test_depth_is_taken_in_the_units_of_the_poses(copied, monkeypatch):
+    """Stored half floats count depth_scale times."""
+    opened = shards.open(copied)
+    count = int(opened.sequences["count"][0])
+    pairs = np.stack(np.triu_indices(count, 1), axis=1)
+    expected = views_of(stored_view(opened, i) for i in range(count)).overlaps(pairs)
+    whole = shards.ShardSet.read
+
+    def half_as_large(self, frame):
+        jpeg, depth = whole(self, frame)
+        row = self.row(frame)
+        return jpeg, encode_depth(decode_depth(depth, int(row["height"]), int(row["width"])) / np.float16(2))
+
+    rows = opened.frames.copy()
+    rows["depth_scale"] *= 2
+    for row in rows:
+        row["row_crc"] = row_crc(row)
+    vars(opened)["frames"] = rows
+    monkeypatch.setattr(shards.ShardSet, "read", half_as_large)
+    found = views_of(stored_view(opened, i) for i in range(count)).overlaps(pairs)
+    assert found == pytest.approx(expected, abs=1e-6)

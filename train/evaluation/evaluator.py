@@ -14,6 +14,7 @@ from train.data.split import Split
 from train.evaluation.baselines import BASELINES, baseline_metrics
 from train.evaluation.bootstrap import is_finite
 from train.evaluation.metrics import scene_metrics
+from train.evaluation.overlaps import PairErrors, errors_by_pair
 from train.evaluation.predict import Metrics, predict, scene_name
 from train.evaluation.protocol import EvalSequence
 from train.evaluation.results import Evaluation
@@ -41,20 +42,23 @@ class Evaluator:
 
     def evaluate(self, model: VGGT, label: str) -> tuple[Evaluation, list[Evaluation], Counter[str]]:
         """The model's evaluation; those of the baselines; and the damaged frames by file. The same on every rank."""
-        mine: list[tuple[Metrics, dict[str, Metrics]]] = []  # both are empty if no frame could be used
+        mine: list[tuple[Metrics, dict[str, Metrics], PairErrors]] = []  # all are empty if no frame could be used
         bad = Counter[str]()
         world, my_sequences = self.world, self.sequences[self.world.rank :: self.world.size]
         for sequence, (raw, batch, predictions) in zip(my_sequences, self._predict(model, my_sequences), strict=True):
             usable = scene_name(raw) == sequence.label  # else the loader took another sequence
             metrics = scene_metrics(predictions, batch) | size_ratio(predictions, batch) if usable else {}
-            mine.append((metrics, baseline_metrics(batch, self.mean_pose) if usable else {}))
+            pairs = errors_by_pair(predictions, batch) if usable else []
+            mine.append((metrics, baseline_metrics(batch, self.mean_pose) if usable else {}, pairs))
             bad.update(raw["bad"])
             self._show_progress(len(mine))
         by_rank = world.gather((mine, bad))
         rows = [by_rank[i % world.size][0][i // world.size] for i in range(len(self.sequences))]
-        evaluation = Evaluation(label, [finite_or_none(metrics) for metrics, _ in rows])
+        evaluation = Evaluation(
+            label, [finite_or_none(metrics) for metrics, _, _ in rows], [pairs for _, _, pairs in rows]
+        )
         baselines = [
-            Evaluation(name, [finite_or_none(of_baselines.get(name, {})) for _, of_baselines in rows])
+            Evaluation(name, [finite_or_none(of_baselines.get(name, {})) for _, of_baselines, _ in rows])
             for name in BASELINES
         ]
         return evaluation, baselines, sum((b for _, b in by_rank), Counter())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from shards import ShardSet
 from train.data.plan import PATCH, DataState, Scene, Step, StepShape
-from train.data.views import draw_frames
+from train.data.split import Split, StoredNeighbors, stored_neighbors
+from train.data.views import draw_frames, draw_overlapping
 
 FAST_SEQUENCES = 10  # a category
 
@@ -19,12 +22,14 @@ FAST_SEQUENCES = 10  # a category
 class Protocol:
     """VGGT's protocol on Co3D: random frames, none twice, of each test sequence that is long enough.
 
-    fast: at most FAST_SEQUENCES random sequences of each category. width: of the images, in pixels.
+    fast: at most FAST_SEQUENCES random sequences of each category. width: of the images, in pixels. views_from:
+    "overlap" draws frames that see the same, which no published protocol does.
     """
 
     split: str = "test"
     min_frames: int = 50
     views: int = 10
+    views_from: Literal["uniform", "overlap"] = "uniform"
     fast: bool = False
     seed: int = 0
     width: int = 518
@@ -43,7 +48,7 @@ class Protocol:
     def deviations(self) -> list[str]:
         """How this protocol differs from the published one."""
         published, found = Protocol(), []
-        for name in ("split", "min_frames", "views", "width"):
+        for name in ("split", "min_frames", "views", "views_from", "width"):
             ours, theirs = getattr(self, name), getattr(published, name)
             if ours != theirs:
                 found.append(f"{name} {ours} instead of {theirs}")
@@ -66,10 +71,18 @@ class EvalSequence:
 
 def choose(shard_sets: Sequence[ShardSet], protocol: Protocol) -> list[EvalSequence]:
     """The sequences to evaluate, of all sets in their order; raises ValueError if a set has none."""
-    return [one for source, shard_set in enumerate(shard_sets) for one in _of_set(shard_set, source, protocol)]
+    split = Split(shard_sets, protocol.split)
+    neighbors = stored_neighbors(split, [protocol.views_from] * len(shard_sets))
+    return [
+        one
+        for source, (shard_set, stored) in enumerate(zip(shard_sets, neighbors, strict=True))
+        for one in _of_set(shard_set, source, stored, protocol)
+    ]
 
 
-def _of_set(shard_set: ShardSet, source: int, protocol: Protocol) -> list[EvalSequence]:
+def _of_set(
+    shard_set: ShardSet, source: int, neighbors: StoredNeighbors | None, protocol: Protocol
+) -> list[EvalSequence]:
     """The sequences to evaluate and their frames, in the order of the set; the draws depend on names and seed alone.
 
     The height of the images follows the aspect ratio of the first drawn frame, rounded to a multiple of 14, at
@@ -91,7 +104,11 @@ def _of_set(shard_set: ShardSet, source: int, protocol: Protocol) -> list[EvalSe
     for i in long_enough:
         row = rows[i]
         category, name = bytes(row["category"]).decode(), bytes(row["name"]).decode()
-        frames = draw_frames(_rng(protocol.seed, category, name), "uniform", int(row["count"]), protocol.views)
+        rng, length = _rng(protocol.seed, category, name), int(row["count"])
+        if neighbors is None:
+            frames = draw_frames(rng, "uniform", length, protocol.views)
+        else:
+            frames = draw_overlapping(rng, partial(neighbors, i), length, protocol.views)
         frame = shard_set.row(int(row["first"]) + frames[0])
         height = round(protocol.width * int(frame["height"]) / int(frame["width"]) / PATCH) * PATCH
         shape = StepShape(protocol.views, min(max(height, PATCH), protocol.width), protocol.width)

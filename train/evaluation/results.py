@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from train.evaluation.bootstrap import estimate, group_mean
 from train.evaluation.comparison import compare
 from train.evaluation.metrics import HEADLINE, METRICS
+from train.evaluation.overlaps import PairErrors, metrics_by_overlap
 from train.evaluation.protocol import EvalSequence, Protocol
 from train.evaluation.sizes import summarize_sizes
 
@@ -26,10 +27,14 @@ COMPARED = (*HEADLINE, "point_map_chamfer")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a checkpoint or a baseline in each scene, in order; None: not finite."""
+    """The metrics of a checkpoint or a baseline in each scene, in order; None: not finite.
+
+    by_pair: of a checkpoint, also the errors of each pair of views in each scene.
+    """
 
     label: str
     by_scene: list[dict[str, float | None]]
+    by_pair: list[PairErrors] = field(default_factory=list)
 
 
 def make_results(
@@ -59,6 +64,7 @@ def make_results(
         "reference": {} if protocol.deviations else {REFERENCE: REFERENCES[protocol.fast]},
         "comparisons": _comparisons([(checkpoints[0], e, m) for e in checkpoints[1:] for m in COMPARED], categories),
         "against_baseline": _comparisons([(b, e, m) for b, e, m in pairs if b is not None], categories),
+        "by_overlap": {e.label: metrics_by_overlap(e.by_pair, categories) for e in checkpoints},
         "by_shards": _by_shards(sequences, checkpoints, baselines),
         "sizes": {
             e.label: summarize_sizes([row for row, known in zip(e.by_scene, metric, strict=True) if known])

@@ -10,9 +10,11 @@ import plotly.graph_objects as go
 
 from train.evaluation.bootstrap import is_finite
 from train.evaluation.metrics import METRICS
+from train.evaluation.overlaps import BINNED
 from train.report.words import metric_of
 
 CURVES = ("loss_objective", "auc_30", "rotation_deg", "depth_abs_rel")
+FEW = 10  # points of a line, which are marked
 SPREAD = ("rotation_deg", "translation_deg", "depth_abs_rel")
 Line = tuple[str, Sequence[float], Sequence[float], bool]  # label, x, y, whether it is dashed
 
@@ -28,6 +30,19 @@ def spread_charts(results: dict[str, Any]) -> list[go.Figure]:
                 lines.append((label, *cumulative([v for v in values if is_finite(v)]), kind == "baselines"))
         unit = "degrees" if name.endswith("deg") else "fraction of the true depth"
         charts.append(line_chart(f"{METRICS[name].label}: fraction of scenes below", unit, lines))
+    return [chart for chart in charts if chart is not None]
+
+
+def overlap_charts(results: dict[str, Any]) -> list[go.Figure]:
+    """Errors of cameras by how much two views see of each other: a line a checkpoint."""
+    charts = []
+    for name in BINNED:
+        lines = []
+        for label, bins in results["by_overlap"].items():
+            middles = [sum(b["overlap"]) / 2 for b in bins]
+            lines.append((label, middles, [b["metrics"][name]["mean"] for b in bins], False))
+        title = f"{METRICS[name].label} by the overlap of two views"
+        charts.append(line_chart(title, "part of a view that the other one sees", lines))
     return [chart for chart in charts if chart is not None]
 
 
@@ -47,7 +62,13 @@ def run_charts(logged: list[dict[str, Any]]) -> list[go.Figure]:
 def line_chart(title: str, x_label: str, lines: Sequence[Line]) -> go.Figure | None:
     """All lines in one pair of axes, the vertical one from zero; None if none of them has a point."""
     traces = [
-        go.Scatter(x=list(x), y=list(y), name=label, mode="lines", line={"dash": "dash" if dashed else "solid"})
+        go.Scatter(
+            x=list(x),
+            y=list(y),
+            name=label,
+            mode="lines+markers" if len(x) < FEW else "lines",
+            line={"dash": "dash" if dashed else "solid"},
+        )
         for label, x, y, dashed in lines
         if len(x)
     ]

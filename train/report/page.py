@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from shards import drawing
 from train.evaluation.metrics import METRICS
 from train.evaluation.scene_result import SceneResult
-from train.report.charts import run_charts, spread_charts
+from train.report.charts import overlap_charts, run_charts, spread_charts
 from train.report.pictures import scene_block
 from train.report.tables import category_table, metric_table, shown_columns
 from train.report.viewer import scene_figure
@@ -38,7 +38,7 @@ def make_page(
         "summary": summary(results),
         "remarks": "".join(f'<p class="remark">{html.escape(line)}</p>' for line in remarks(results)),
         "table": metric_table(results),
-        "charts": "".join(map(_plot, [*spread_charts(results), *run_charts(logged)])),
+        "charts": "".join(map(_plot, [*overlap_charts(results), *spread_charts(results), *run_charts(logged)])),
         "shown": html.escape(shown),
         "scenes": "".join(scene_section(reason, scene) for reason, scene in gallery),
         "glossary": "".join(

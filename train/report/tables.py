@@ -40,6 +40,22 @@ def table(results: dict[str, Any]) -> Table:
     return rows
 
 
+def overlap_table(results: dict[str, Any]) -> Table:
+    """The cameras of each checkpoint by how much two views see of each other: a row a bin."""
+    rows = Table("overlap of two views", "pairs")
+    for label in results["by_overlap"]:
+        rows.add_column(f"{label}: {COLUMNS['auc_30']}, {COLUMNS['rotation_deg']}", overflow="fold")
+    found = {label: {tuple(b["overlap"]): b for b in bins} for label, bins in results["by_overlap"].items()}
+    counts = {ends: b["pairs"] for bins in found.values() for ends, b in bins.items()}
+    for (low, high), pairs in sorted(counts.items()):
+        cells = []
+        for bins in found.values():
+            means = _means(bins[low, high]) if (low, high) in bins else {}
+            cells.append(", ".join(cell(name, means) for name in ("auc_30", "rotation_deg") if name in means))
+        rows.add_row(f"{low:.0%} to {high:.0%}", f"{pairs:,}", *cells)
+    return rows
+
+
 def shown_columns(results: dict[str, Any]) -> list[str]:
     """Those of COLUMNS that a checkpoint has."""
     return [name for name in COLUMNS if any(name in row["metrics"] for row in results["checkpoints"].values())]
