@@ -3,6 +3,7 @@
     python bench/proof.py heldout --out data/proof            renders, packs, fine-tunes, evaluates: minutes on 2 cores
     python bench/proof.py heldout --out data/scratch --scratch   the same from random weights: 20 minutes
     python bench/proof.py finetune --out data/finetune       three ways: what each gains and forgets; 15 minutes
+    python bench/proof.py walks --out data/walks             views that overlap against views at random; 12 minutes
     python bench/proof.py overfit --shards data/co3d-mini     overfits 10 views of a capture: 7 minutes
 
 heldout fine-tunes vggt-nano on rendered scenes of a family that it has not seen, or trains the small VGGT of proof.yaml
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from finetuning import finetune
+from walks import walks
 
 import shards
 from train.config import load_config
@@ -72,6 +74,9 @@ def main() -> None:
     finetune_parser = commands.add_parser("finetune", help="three ways to fine-tune: what they gain and forget")
     finetune_parser.add_argument("--out", type=Path, required=True, help="folder for scenes, shards, runs and reports")
     finetune_parser.add_argument("--seed", type=int, default=0, help="of training")
+    walks_parser = commands.add_parser("walks", help="views that overlap against views at random")
+    walks_parser.add_argument("--out", type=Path, required=True, help="folder for scenes, shards, runs and reports")
+    walks_parser.add_argument("--seed", type=int, default=0, help="of training")
     overfit_parser = commands.add_parser("overfit", help="10 views of one capture")
     overfit_parser.add_argument("--shards", required=True, help="directory made by vggt-prep pack, or its URL")
     overfit_parser.add_argument("--steps", type=int, default=530)
@@ -83,6 +88,8 @@ def main() -> None:
             reached = heldout(arguments.out.resolve(), plan)
         elif arguments.command == "finetune":
             reached = finetune(arguments.out.resolve(), call, arguments.seed)
+        elif arguments.command == "walks":
+            reached = walks(arguments.out.resolve(), call, arguments.seed)
         else:
             reached = overfit(arguments.shards, arguments.steps)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
