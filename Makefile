@@ -116,6 +116,7 @@ check: .venv/installed-dev
 
 bench: setup
 	@$(BIN)/python bench/packing.py
+	@$(BIN)/python bench/overlap.py
 	@$(BIN)/python bench/own_captures.py
 	@for part in rates workers remote spread; do $(BIN)/python bench/loader.py $$part || exit 1; done
 	@for part in decode index; do $(BIN)/python bench/reading.py $$part || exit 1; done

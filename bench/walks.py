@@ -1,4 +1,4 @@
-"""Views that see the same against views at random, on long walks through corridors: what vggt-nano learns from either."""
+"""Views that see the same against views at random, on walks through corridors: what vggt-nano learns from either."""
 
 from __future__ import annotations
 

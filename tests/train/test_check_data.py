@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -27,9 +29,13 @@ def test_the_command_shows_plan_rates_check_and_a_picture(shard_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     for text in ("7 sequences of 24 to 24 frames", "height x width", "images/s", "cross-view check of"):
         assert text in done.stdout
-    picture = cv2.imread(str(tmp_path / "look" / "data.png"))
-    assert picture is not None
-    assert picture.std() > 20
+    for name in ("data.png", "views.png"):
+        picture = cv2.imread(str(tmp_path / "look" / name))
+        assert picture is not None
+        assert picture.std() > 20
+    medians = re.findall(r"(\w+) sampling: two views overlap by (\d+)% \(median", done.stdout)
+    assert [name for name, _ in medians] == ["uniform", "nearby", "overlap"]
+    assert int(medians[0][1]) < int(medians[1][1])  # of a turntable
 
 
 def test_right_cameras_agree_and_wrong_ones_do_not(batch):

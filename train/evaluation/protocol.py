@@ -71,8 +71,9 @@ class EvalSequence:
 
 def choose(shard_sets: Sequence[ShardSet], protocol: Protocol) -> list[EvalSequence]:
     """The sequences to evaluate, of all sets in their order; raises ValueError if a set has none."""
-    split = Split(shard_sets, protocol.split)
-    neighbors = stored_neighbors(split, [protocol.views_from] * len(shard_sets))
+    neighbors: Sequence[StoredNeighbors | None] = [None] * len(shard_sets)
+    if protocol.views_from == "overlap":
+        neighbors = stored_neighbors(Split(shard_sets, protocol.split), ["overlap"] * len(shard_sets))
     return [
         one
         for source, (shard_set, stored) in enumerate(zip(shard_sets, neighbors, strict=True))
