@@ -17,7 +17,7 @@ from shards.codecs import decode_depth
 from shards.geometry import scale_intrinsics
 from shards.reader import ShardSet
 
-SIDE = 128  # pixels of a small map's longer side
+SIDE = 96  # pixels of a small map's longer side
 POINTS = 256  # of a view
 FEW = 4  # points: a fraction of fewer is not believed
 NOISE_PAIRS = 48  # that the noise is measured on

@@ -58,7 +58,7 @@ def add_pairs(
             for job in jobs:
                 job.cancel()
         alone = _join(out, parts, most)
-        _list_pairs(out)
+        _list_pairs(shard_set, out)
         shutil.rmtree(out / WORK_FOLDER)
     return alone
 
@@ -160,8 +160,10 @@ def _join(out: Path, parts: list[Path], neighbors: int) -> int:
     return alone
 
 
-def _list_pairs(out: Path) -> None:
+def _list_pairs(shard_set: shards.ShardSet, out: Path) -> None:
     path = out / PAIRS_FILE
     dataset = read_dataset((out / DATASET_FILE).read_bytes())
+    if shards.ShardSet(shard_set.storage, dataset).digest != shard_set.digest:
+        raise ValueError(f"{out}: was replaced while its pairs were made; make them again")
     dataset["files"][PAIRS_FILE] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_dataset(out, dataset)
