@@ -3,7 +3,7 @@
     python bench/proof.py heldout --out data/proof            renders, packs, fine-tunes, evaluates: minutes on 2 cores
     python bench/proof.py heldout --out data/scratch --scratch   the same from random weights: 20 minutes
     python bench/proof.py finetune --out data/finetune       three ways: what each gains and forgets; 15 minutes
-    python bench/proof.py walks --out data/walks             views that overlap against views at random; 12 minutes
+    python bench/proof.py walks --out data/walks             views that overlap against views at random; 25 minutes
     python bench/proof.py overfit --shards data/co3d-mini     overfits 10 views of a capture: 7 minutes
 
 heldout fine-tunes vggt-nano on rendered scenes of a family that it has not seen, or trains the small VGGT of proof.yaml

@@ -13,7 +13,7 @@ from train.data.plan import Sampling
 from train.engine.folder import CHECKPOINTS
 from train.evaluation.metrics import METRICS
 
-SCENES, FRAMES, VIEWS, STEPS = 240, 40, 8, 200
+SCENES, FRAMES, VIEWS, STEPS = 240, 80, 4, 400
 SAMPLINGS: tuple[Sampling, ...] = ("uniform", "overlap")
 
 Call = Callable[..., None]
