@@ -266,7 +266,7 @@ def shown(bar: Progress) -> dict[str, Callable[..., None]]:
 @contextmanager
 def pack_executor(scheduler: str | None, workers: int) -> Iterator[tuple[Executor, int]]:
     if scheduler is None:
-        with process_pool(workers, ["prep.packing.pack", "webdataset"]) as pool:
+        with process_pool(workers, ["prep.packing.pack", "prep.packing.pairs", "webdataset"]) as pool:
             yield pool, workers
     else:
         with dask_cluster(scheduler) as cluster:

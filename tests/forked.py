@@ -27,8 +27,13 @@ def start_server():
 
 
 def module_of(arguments):
-    """The module that `python <arguments>` runs, if it is one of these, and the arguments that are left for it."""
+    """The module that `python <arguments>` runs, if it is one of these, and the arguments that are left for it.
+
+    "-c": code, which is the first of these.
+    """
     first, *rest = arguments or [""]
+    if first == "-c":
+        return first, rest
     name, rest = (rest[0], rest[1:]) if first == "-m" else (first.removesuffix(".py").replace("/", "."), rest)
     name = f"{name}.__main__" if name == "vggt" else name
     return (name, rest) if name in MODULES else (None, rest)
@@ -56,6 +61,10 @@ def _run(module, arguments, environment, folder):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     sys.argv = [module, *arguments]
     try:
-        importlib.import_module(module).main()
+        if module == "-c":
+            sys.argv = [module, *arguments[1:]]
+            exec(arguments[0], {"__name__": "__main__"})
+        else:
+            importlib.import_module(module).main()
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import shards
 from train.config import list_keys, load_config
@@ -218,14 +219,19 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
 
     A checkpoint of adapters holds just what was trained: the rest comes from `init` again.
     """
+    chosen, state = config.model, None
+    if config.init is not None and (saved is None or chosen.lora is not None):
+        state = read_init(config.init, chosen.preset)  # first: a large model takes long to make
     torch.manual_seed(config.seed)
-    chosen = config.model
     model = VGGT(
         preset(chosen.preset, heads=config.loss.heads, head_chunk=chosen.head_chunk, recompute=chosen.recompute)
     )
     init_fingerprint = None if saved is None else saved.get("init_fingerprint")
-    if config.init is not None and (saved is None or chosen.lora is not None):
-        init_fingerprint = begin_from(config.init, model, chosen.preset, init_fingerprint, world)
+    if state is not None:
+        init = str(config.init)
+        fill(model, state, init)
+        init_fingerprint = world.from_main(partial(checked_fingerprint, state, init, init_fingerprint))
+        del state
     elif saved is None and config.loss.match > 0:
         start_matching(model)
     freeze(model, chosen.freeze)
@@ -240,19 +246,15 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
     return model, init_fingerprint
 
 
-def begin_from(init: str, model: VGGT, name: str, expected: str | None, world: World) -> str:
-    """Fill the model from `init`, and return its fingerprint. Raises ValueError if it does not fit.
-
-    name: of the model's preset; expected: the fingerprint that it must have, if known.
-    """
+def read_init(init: str, name: str) -> dict[str, Tensor]:
+    """The weights of `init`. Raises ValueError if it holds none for a model of the preset of that name."""
     refuse_adapters(init)
     state, found = read_checkpoint(init)
     sizes = preset_of(found) if found else None
     if sizes not in (None, name):
         recipe = " (RECIPE=nano of make has the settings for it)" if sizes == NANO.name else ""
         raise ValueError(f"model.preset: {name}, but {init} has the sizes of {sizes}; set model.preset={sizes}{recipe}")
-    fill(model, state, init)
-    return world.from_main(lambda: checked_fingerprint(state, init, expected))
+    return state
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_files_with_any_number_of_workers(tmp_path)
 
 
 def test_of_two_renderings_into_one_place_the_second_is_refused_and_the_first_finishes(tmp_path):
-    options = ("synth", "--out", tmp_path / "out", "--scenes", 12, "--frames", 24)
+    options = ("synth", "--out", tmp_path / "out", "--scenes", 12, "--frames", 8)
     command = [BIN / "vggt-prep", *options]
     first, second = (
         subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
