@@ -161,7 +161,8 @@ def verify_command(shard_set: str, sample: float, workers: int) -> None:
     if result.problems:
         advice = "Copy these tars again; or remove them, and the command that packed the set makes just these again"
         found = counted(len(result.problems), "problem")
-        raise click.ClickException(f"{shard_set}: {found}, said above" + (f". {advice}" if result.all_tars else ""))
+        of_tars = any(".tar" in problem for problem in result.problems)
+        raise click.ClickException(f"{shard_set}: {found}, said above" + (f". {advice}" if of_tars else ""))
     frames = counted(result.frames, "frame")
     click.echo(f"{shard_set}: {result.tars:,} of {counted(result.all_tars, 'tar')} checked: {frames} as packed")
 
@@ -201,8 +202,8 @@ def pairs_command(shard_set: Path, neighbors: int, workers: int) -> None:
     """Measure which frames of a shard set see the same, for data.sampling=overlap.
 
     For sets packed before there was such a thing, or with --no-pairs, or for another number of neighbors: half of these
-    are the best, the others lie evenly over the rest. The tars stay as they are; a run that uses the set is not
-    disturbed.
+    are the best, the others lie evenly over the rest. The tars stay as they are. A run that uses the set is not
+    disturbed, unless it draws by overlap already and other numbers are made under it.
 
     \b
     vggt-prep pairs data/shards

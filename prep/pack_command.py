@@ -135,9 +135,16 @@ def pack_command(
                 allow_shared_frames=allow_shared_frames,
                 **shown(bar),
             )
-        if pairs and not shards.open(out).has_pairs:
-            make_pairs(out, executor)
-    print_pack(out, result, shared_frames=allow_shared_frames)
+        print_pack(out, result, shared_frames=allow_shared_frames)
+        if pairs:
+            try:
+                opened = shards.open(out)
+                if not opened.has_pairs or PAIRS_FILE in opened.size_problems():
+                    make_pairs(out, executor)
+            except (ValueError, OSError) as error:
+                click.echo(
+                    f"which frames see the same is not known, for data.sampling=overlap alone: {error}", err=True
+                )
 
 
 def make_pairs(out: Path, executor: Executor, neighbors: int = NEIGHBORS) -> None:
@@ -151,7 +158,7 @@ def make_pairs(out: Path, executor: Executor, neighbors: int = NEIGHBORS) -> Non
             on_plan=lambda frames: tasks.append(start(bar, "comparing", frames)),
             on_tar=lambda frames: bar.advance(tasks[0], frames),
         )
-    without = f"; frames that see nothing of any other: {alone:,}" if alone else ""
+    without = f"; frames without another that is known to: {alone:,}" if alone else ""
     click.echo(f"{out / PAIRS_FILE}: which frames see the same{without}")
 
 

@@ -101,7 +101,7 @@ def _pairs_problems(shard_set: shards.ShardSet, location: str) -> list[str]:
     try:
         if sha256(shard_set.index_path(PAIRS_FILE)) == shard_set.dataset["files"][PAIRS_FILE]["sha256"]:
             return []
-        pairs = Pairs(shard_set)
+        pairs = Pairs(shard_set, whole=False)
         for frame in range(len(pairs.rows)):
             pairs.neighbors(frame)
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.index import TAR_NAME, read_dataset, sha256
+from shards.index import TAR_NAME, how_to_make_pairs, read_dataset, sha256
 from shards.schema import (
     CRC_ZEROS,
     DATASET_FILE,
@@ -36,6 +37,8 @@ from shards.schema import (
     sequence_dtype,
 )
 from shards.writer import atomic_file, json_bytes, write_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +193,9 @@ def write_index(out: Path, tars: list[TarIndex], *, source: dict[str, Any], opti
         "files": files | {tar.file: {"size": tar.size, "sha256": tar.sha256} for tar in tars},
     }
     write_dataset(out, dataset)
-    if PAIRS_FILE not in files:
-        (out / PAIRS_FILE).unlink(missing_ok=True)  # of frames that were here before
+    if PAIRS_FILE not in files and (out / PAIRS_FILE).exists():
+        (out / PAIRS_FILE).unlink()
+        log.warning("%s: was of other frames, and is removed; %s", out / PAIRS_FILE, how_to_make_pairs(str(out)))
 
 
 def write_dataset(out: Path, dataset: dict[str, Any]) -> None:

@@ -59,8 +59,10 @@ class DamagedIndexError(ValueError):
 
 
 def how_to_make_pairs(place: str) -> str:
-    where = "DIRECTORY, and copy it there" if "://" in place else shlex.quote(place)
-    return f"make it with: vggt-prep pairs {where}"
+    """For a message: what to do where a set has no pairs.npy, or another one."""
+    if "://" in place:
+        return "make it where the set lies as a directory, with vggt-prep pairs, and copy it and dataset.json there"
+    return f"make it with: vggt-prep pairs {shlex.quote(place)}"
 
 
 def map_rows(path: Path, dtype: Callable[..., np.dtype], *names: str, repair: str = REPAIR) -> np.ndarray:

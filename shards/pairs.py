@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from shards.index import DamagedIndexError, how_to_make_pairs, map_rows
+from shards.index import DamagedIndexError, how_to_make_pairs, map_rows, sha256
 from shards.reader import ShardSet
-from shards.schema import PAIRS_FILE, pair_dtype, row_crc
+from shards.schema import DATASET_FILE, PAIRS_FILE, pair_dtype, row_crc
 
 
 class Pairs:
     """The rows (shards.schema.pair_dtype), mapped from disk; of a remote set they are fetched once.
 
+    whole: whether all of the file must be the set's; a worker process, whose trainer has looked, looks at rows alone.
     Raises ValueError if the set has none, DamagedIndexError if they are not the set's.
     """
 
-    def __init__(self, shard_set: ShardSet) -> None:
+    def __init__(self, shard_set: ShardSet, *, whole: bool = True) -> None:
         self.shard_set = shard_set
         self.repair = how_to_make_pairs(str(shard_set))
         if not shard_set.has_pairs:
             raise ValueError(f"{shard_set}: has no {PAIRS_FILE}; {self.repair}")
+        if whole and not shard_set.in_worker:
+            shard_set.refresh_index(PAIRS_FILE)
         path = shard_set.index_path(PAIRS_FILE)
         if not path.is_file() or path.stat().st_size != shard_set.dataset["files"][PAIRS_FILE]["size"]:
-            raise DamagedIndexError(f"{path}: missing or cut off; {self.repair}")
+            replaced = ", or made again since this began" if shard_set.in_worker else ""
+            raise DamagedIndexError(f"{path}: missing or cut off{replaced}; {self.repair}")
+        if whole and not shard_set.in_worker and sha256(path) != shard_set.pairs_digest:
+            raise DamagedIndexError(f"{path}: not the one that {DATASET_FILE} describes; {self.repair}")
         self.rows = map_rows(path, pair_dtype, "overlap", repair=self.repair)
         if len(self.rows) != len(shard_set.frames):
             raise DamagedIndexError(
@@ -32,10 +38,11 @@ class Pairs:
     def neighbors(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the frames that overlap with a frame, best first, and their overlaps from 0 to 1.
 
-        Raises DamagedIndexError for a row that is not as it was written, DamagedMemberError for such a frame's row.
+        Raises DamagedIndexError for a row that is not as it was written.
         """
         row = self.rows[frame]
-        sequence = self.shard_set.sequences[self.shard_set.row(frame)["sequence"]]
+        sequences = self.shard_set.sequences
+        sequence = sequences[np.searchsorted(sequences["first"], frame, side="right") - 1]
         count = np.count_nonzero(row["overlap"])
         others = row["neighbors"][:count].astype(np.int64)
         if row_crc(row) != row["row_crc"] or (others >= sequence["count"]).any():

@@ -72,7 +72,7 @@ def open(location: str | Path, *, check_sizes: bool = True) -> ShardSet:  # noqa
     if wrong and check_sizes:
         raise ValueError("; ".join([*wrong.values()][:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     if not {FRAMES_FILE, SEQUENCES_FILE} & set(wrong):
-        opened.refresh_index()
+        opened.refresh_index(FRAMES_FILE, SEQUENCES_FILE)
     return opened
 
 
@@ -151,10 +151,10 @@ class ShardSet:
             with copy.open("rb") as source, atomic_file(path) as file:
                 shutil.copyfileobj(source, file)
 
-    def refresh_index(self) -> None:
-        """Fetch the index of a remote set, again if the copies on this machine are damaged."""
+    def refresh_index(self, *names: str) -> None:
+        """Fetch files of a remote set's index, again if the copies on this machine are damaged."""
         if not isinstance(self.storage, LocalStorage):
-            for name in (FRAMES_FILE, SEQUENCES_FILE):
+            for name in names:
                 path = self.index_path(name)
                 if sha256(path) != self.dataset["files"][name]["sha256"]:
                     self._fetch(name, path)

@@ -45,6 +45,8 @@ def add_pairs(
     work.mkdir(parents=True, exist_ok=True)
     with locked(out / WORK_FOLDER, f"{out}: another process is making its pairs"):
         remove_leftovers(work)
+        for leftover in out.glob(f"{PAIRS_FILE}.*.tmp"):
+            leftover.unlink()
         parts = [work / f"{i}.npy" for i in range(len(shard_set.tars))]
         jobs = {
             executor.submit(pairs_of_tar, shard_set, int(a), int(b), most, part): int(b - a)
@@ -65,7 +67,7 @@ def add_pairs(
 
 def pairs_of_tar(shard_set: shards.ShardSet, first: int, end: int, neighbors: int, part: Path) -> None:
     """Write the rows of a tar's frames, those from `first` to before `end`. Runs in a worker."""
-    if part.exists():
+    if _is_whole(part, end - first, neighbors):
         return
     rows = np.zeros(end - first, pair_dtype(neighbors))
     frame = first
@@ -76,6 +78,14 @@ def pairs_of_tar(shard_set: shards.ShardSet, first: int, end: int, neighbors: in
         frame += count
     with atomic_file(part) as file:
         np.save(file, rows, allow_pickle=False)
+
+
+def _is_whole(part: Path, frames: int, neighbors: int) -> bool:
+    try:
+        rows = np.load(part, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # missing, or half of a copied folder
+        return False
+    return rows.shape == (frames,) and rows.dtype == pair_dtype(neighbors)
 
 
 def fill_rows(rows: np.ndarray, views: Views) -> None:
@@ -144,7 +154,8 @@ def _tried(views: Views, anchors: np.ndarray) -> np.ndarray:
     there = np.stack([views.seen(everyone, int(anchor), TRIED_POINTS) for anchor in anchors], axis=1)
     back = np.stack([views.seen(anchors, int(view), TRIED_POINTS) for view in everyone])
     axes = views.rotations[:, 2]
-    return np.minimum(there, back) * (2 + axes @ axes[anchors].T)
+    # Few points may miss a small overlap in one of the directions.
+    return (np.minimum(there, back) + 0.05 * np.maximum(there, back)) * (2 + axes @ axes[anchors].T)
 
 
 def _join(out: Path, parts: list[Path], neighbors: int) -> int:

@@ -15,6 +15,7 @@ import shards
 from prep.packing import pairs as packing_pairs
 from prep.packing.pairs import add_pairs, candidates, fill_rows, spread_ranks
 from prep.verify import verify
+from shards.build_index import write_dataset
 from shards.codecs import decode_depth, encode_depth
 from shards.index import DamagedIndexError
 from shards.overlap import View, stored_view, views_of
@@ -140,6 +141,10 @@ def test_a_stopped_measurement_continues_where_it_was(copied, executor, monkeypa
         add_pairs(copied, executor)
     parts = {path: path.stat().st_mtime_ns for path in copied.rglob("*.npy") if path.parent.parent.name == ".pairs"}
     assert len(parts) == 2
+    copied.joinpath(f"{PAIRS_FILE}.0123abcd.tmp").touch()  # a kill in the middle of writing
+    half = max(parts)
+    half.write_bytes(half.read_bytes()[:200])  # an interrupted copy of the folder
+    del parts[half]
     read = []
     monkeypatch.setattr(packing_pairs, "pairs_of_tar", real)
     monkeypatch.setattr(packing_pairs, "views_of", lambda views: read.append(1) or views_of(views))
@@ -149,6 +154,7 @@ def test_a_stopped_measurement_continues_where_it_was(copied, executor, monkeypa
     again = frames["sequence"][~np.isin(frames["tar"], [int(path.stem) for path in parts])]
     assert len(read) == len(np.unique(again))
     assert not (copied / ".pairs").exists()
+    assert not list(copied.glob("*.tmp"))
 
 
 def test_a_sequence_of_one_frame_has_no_neighbors(tmp_path, captures):
@@ -160,7 +166,7 @@ def test_a_sequence_of_one_frame_has_no_neighbors(tmp_path, captures):
     source = ("--co3d-dir", captures / "co3d", "--annotation-dir", edited)
     done = vggt_prep("pack", *source, "--out", out, "--min-frames", 1)
     assert done.returncode == 0, done.stderr
-    assert "frames that see nothing of any other: 1" in done.stdout
+    assert "frames without another that is known to: 1" in done.stdout
     opened = shards.open(out)
     assert [len(part) for part in Pairs(opened).neighbors(0)] == [0, 0]
 
@@ -178,17 +184,20 @@ def test_every_flipped_byte_is_found_by_verify_and_wrong_rows_by_the_reader(copi
     path = copied / PAIRS_FILE
     good = path.read_bytes()
     rng = np.random.default_rng(0)
-    header = len(good) - len(Pairs(shards.open(copied)).rows.tobytes())
+    good_rows = np.array(Pairs(shards.open(copied)).rows)
+    header = len(good) - good_rows.nbytes
     for place in [*rng.integers(0, header, 10), *rng.integers(header, len(good), 30)]:
         damaged = bytearray(good)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
+        with pytest.raises(DamagedIndexError, match=r"not the one that dataset\.json describes; make it with"):
+            Pairs(shards.open(copied))  # as the trainer opens it
         (problem,) = verify(str(copied), executor, sample=0.01).problems
         assert all(words in problem for words in (PAIRS_FILE, "vggt-prep pairs")), (place, problem)
         if place >= header:
-            frame = int(place - header) // pair_dtype(Pairs(shards.open(copied)).rows["overlap"].shape[1]).itemsize
+            frame = int(place - header) // pair_dtype(good_rows["overlap"].shape[1]).itemsize
             with pytest.raises(DamagedIndexError, match=rf"row {frame} is damaged; make it with: vggt-prep pairs"):
-                Pairs(shards.open(copied)).neighbors(frame)
+                Pairs(shards.open(copied), whole=False).neighbors(frame)
     path.write_bytes(good[:-1])
     assert "vggt-prep pairs" in verify(str(copied), executor, sample=0.01).problems[0]
     opened = shards.open(copied)  # it is of use without
@@ -198,7 +207,7 @@ def test_every_flipped_byte_is_found_by_verify_and_wrong_rows_by_the_reader(copi
     assert path.read_bytes() == good
 
 
-def test_a_rebuilt_index_keeps_the_pairs_of_the_same_frames_only(copied):
+def test_a_rebuilt_index_keeps_the_pairs_of_the_same_frames_only(copied, caplog):
     good = (copied / PAIRS_FILE).read_bytes()
     (copied / "frames.npy").unlink()
     assert vggt_prep("index", copied).returncode == 0
@@ -206,7 +215,9 @@ def test_a_rebuilt_index_keeps_the_pairs_of_the_same_frames_only(copied):
     assert (copied / PAIRS_FILE).read_bytes() == good
     (copied / "dataset.json").unlink()
     (copied / "train-000000.tar").unlink()
-    assert vggt_prep("index", copied).returncode == 0
+    with caplog.at_level("WARNING"):
+        assert vggt_prep("index", copied).returncode == 0
+    assert "was of other frames, and is removed; make it with: vggt-prep pairs" in caplog.text
     assert not shards.open(copied).has_pairs
     assert not (copied / PAIRS_FILE).exists()
 
@@ -246,3 +257,40 @@ def test_depth_is_taken_in_the_units_of_the_poses(copied, monkeypatch):
     monkeypatch.setattr(shards.ShardSet, "read", half_as_large)
     found = views_of(stored_view(opened, i) for i in range(count)).overlaps(pairs)
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_set_that_was_repacked_meanwhile_gets_no_pairs_of_its_former_frames(copied, executor, monkeypatch):
+    def repacked(out, parts, neighbors):
+        dataset = json.loads((out / "dataset.json").read_bytes())
+        dataset["files"]["train-000000.tar"]["sha256"] = "0" * 64
+        write_dataset(out, dataset)
+        return joined(out, parts, neighbors)
+
+    joined = packing_pairs._join
+    monkeypatch.setattr(packing_pairs, "_join", repacked)
+    with pytest.raises(ValueError, match="was replaced while its pairs were made"):
+        add_pairs(copied, executor)
+
+
+def test_pack_goes_on_without_pairs_where_they_cannot_be_made_and_makes_those_that_are_gone(captures, copied):
+    source = ("--co3d-dir", captures / "co3d", "--annotation-dir", captures / "annotations")
+    command = ("pack", *source, "--out", copied, "--short-side", 150, "--shard-frames", 60)
+    good = (copied / PAIRS_FILE).read_bytes()
+    (copied / PAIRS_FILE).unlink()
+    (copied / ".pairs").touch()  # no folder can be made there
+    done = vggt_prep(*command)
+    assert done.returncode == 0
+    assert "which frames see the same is not known, for data.sampling=overlap alone:" in done.stderr
+    assert "sequences" in done.stdout
+    (copied / ".pairs").unlink()
+    done = vggt_prep(*command)
+    assert done.returncode == 0
+    assert (copied / PAIRS_FILE).read_bytes() == good
+
+
+def test_verify_gives_no_advice_on_tars_where_pairs_alone_are_wrong(copied):
+    (copied / PAIRS_FILE).unlink()
+    done = vggt_prep("verify", copied)
+    assert done.returncode == 1
+    assert "vggt-prep pairs" in done.stderr
+    assert "Copy these tars" not in done.stderr

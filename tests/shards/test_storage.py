@@ -78,8 +78,13 @@ def test_the_index_of_a_remote_set_is_fetched_once(shard_dir, cache):
         for _ in range(2):  # what is not needed comes when it is
             others, overlaps = Pairs(shards.open(server.url)).neighbors(0)
             assert len(others) == len(overlaps) > 0
+        copy = next(cache.rglob("pairs.npy"))
+        good = copy.read_bytes()
+        copy.write_bytes(good[:-3] + b"xyz")
+        assert len(Pairs(shards.open(server.url)).rows) == len(opened.frames)
+        assert copy.read_bytes() == good
         fetched = [path for method, path, _ in server.requests if method == "GET" and path == "/pairs.npy"]
-        assert len(fetched) == 1
+        assert len(fetched) == 2  # the second time as the copy was damaged
     copies = list(cache.rglob("*.npy"))
     assert {path.parent.name for path in copies} == {
         entry["sha256"] for name, entry in opened.dataset["files"].items() if name.endswith(".npy")

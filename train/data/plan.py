@@ -24,6 +24,7 @@ PATCH = 14  # image sides are multiples of it
 _SHAPE, _ORDER, _SCENE, _MIX = range(4)
 
 
+MOST_WEIGHT = 1e9
 Sampling = Literal["uniform", "nearby", "overlap"]
 
 
@@ -39,8 +40,9 @@ class ShardSource:
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight: expected more than 0, found {self.weight}; leave the set out instead")
+        if not 0 < self.weight <= MOST_WEIGHT:
+            hint = "leave the set out instead" if self.weight <= 0 else f"at most {MOST_WEIGHT:g}"
+            raise ValueError(f"weight: expected more than 0, found {self.weight}; {hint}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,9 +57,9 @@ def load_step(split: Split, step: Step, members: list[list[Members]] | None = No
     return batch | {"keys": keys, "bad": dict(bad), "tried": tried, "after": step.after}
 
 
-def blank_batch(step: Step) -> dict[str, Any]:
-    """A batch of the step's shape with nothing in it, for a rank without data while others have theirs."""
-    arrays = empty_arrays(len(step.scenes), step.shape)
+def blank_batch(shape: StepShape, scenes: int) -> dict[str, Any]:
+    """A batch of this shape with nothing in it, for a rank without data while others have theirs."""
+    arrays = empty_arrays(scenes, shape)
     for array in arrays.values():
         array[...] = 0
     for name in ("extrinsics", "intrinsics"):

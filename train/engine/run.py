@@ -11,7 +11,7 @@ import torch
 
 from train.data.batches import TrainingSteps
 from train.data.loader import NoDataError, next_batch, stream
-from train.data.plan import DataState, TrainingPlan
+from train.data.plan import DataState, TrainingPlan, scenes_per_rank
 from train.data.scenes import blank_batch
 from train.data.split import Split
 from train.engine.adapters import adapters_content, saved_weights
@@ -129,7 +129,8 @@ class Run:
     def _abandon_step(self, state: DataState) -> None:
         """Take part in the step at `state`, for which this rank has no data, so that the others do not wait for it."""
         if self.world.size > 1:
-            raw = blank_batch(self.plan.step(state, self.world.rank))
+            shape = self.plan.shape(state.step)  # not the scenes: to draw them may be what failed
+            raw = blank_batch(shape, scenes_per_rank(self.config.max_img_per_gpu, shape.views))
             batch = prepare(raw, self.world.device, with_points=self.config.loss.point > 0)
             train_step(self.shared, self.optimizer, batch, self.config, self.world, abandon=True)
 

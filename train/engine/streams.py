@@ -59,7 +59,8 @@ def mixture_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSourc
         if was.weight != source.weight:
             changes.append(f"data.shards: {shard_set} now has weight {source.weight:g}, not {was.weight:g}")
         if was.sampling != source.sampling:
-            changes.append(f"data.shards: {shard_set} is now sampled as {source.sampling}, not {was.sampling}")
+            how = [one.sampling or "data.sampling says" for one in (source, was)]
+            changes.append(f"data.shards: {shard_set} is now sampled as {how[0]}, not as {how[1]}")
         pairs = saved.get("pairs", {}).get(shard_set.digest)
         if pairs is not None and pairs != shard_set.pairs_digest:
             changes.append(

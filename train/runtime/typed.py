@@ -36,10 +36,11 @@ def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"width": 518}} -> {"data.width": 518}."""
+    """{"data": {"width": 518}} -> {"data.width": 518}; what has other keys than names is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        is_section = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
+import re
 import shutil
 from collections import Counter
 from functools import partial
@@ -12,8 +15,10 @@ import pytest
 from conftest import vggt_prep
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import checkpoint, run_trainer
 
 import shards
+from shards.build_index import write_dataset
 from shards.index import DamagedIndexError
 from shards.pairs import Pairs
 from shards.schema import PAIRS_FILE
@@ -138,18 +143,49 @@ def test_a_set_without_pairs_is_refused_with_the_command_that_makes_them(capture
         overlap_plan(tmp_path / "set")
 
 
+def with_damaged_rows(folder, rows):
+    """The set with pairs.npy whose rows do not match their CRC, though the file is as dataset.json says."""
+    data = bytearray((folder / PAIRS_FILE).read_bytes())
+    stored = Pairs(shards.open(folder)).rows
+    for row in rows:
+        data[len(data) - stored.nbytes + row * stored.itemsize] ^= 1
+    (folder / PAIRS_FILE).write_bytes(data)
+    dataset = json.loads((folder / "dataset.json").read_bytes())
+    dataset["files"][PAIRS_FILE]["sha256"] = hashlib.sha256(data).hexdigest()
+    write_dataset(folder, dataset)
+    return folder
+
+
 def test_a_damaged_row_ends_the_data_with_one_line(shard_dir, tmp_path):
-    copy = shutil.copytree(shard_dir, tmp_path / "set")
-    data = bytearray((copy / PAIRS_FILE).read_bytes())
-    rows = Pairs(shards.open(copy)).rows
-    for place in range(len(data) - rows.nbytes, len(data), rows.itemsize):
-        data[place] ^= 1
-    (copy / PAIRS_FILE).write_bytes(data)
+    copy = with_damaged_rows(shutil.copytree(shard_dir, tmp_path / "set"), range(len(shards.open(shard_dir).frames)))
     split, plan = overlap_plan(copy)
     (batch,) = TrainingSteps(split, plan, 0, plan.start(), 3)
     assert "is damaged; make it with: vggt-prep pairs" in batch["error"]
     with pytest.raises(DamagedIndexError):
         plan.step(plan.start(), 0)
+
+
+@pytest.mark.dist
+def test_a_damaged_row_that_one_rank_meets_saves_what_all_have_trained(shard_dir, tmp_path):
+    copy = with_damaged_rows(shutil.copytree(shard_dir, tmp_path / "set"), [0])
+    settings = ("model.freeze=[]", "data.sampling=overlap", "max_steps=200", "checkpoint.every=1000")
+    done = run_trainer(copy, tmp_path / "run", *settings, processes=2)
+    assert done.returncode != 0
+    found = re.search(r"row 0 is damaged.*; what was trained is saved at step (\d+)", done.stdout + done.stderr)
+    assert found, done.stderr
+    assert checkpoint(tmp_path / "run", int(found[1]))
+
+
+def test_pairs_of_another_set_are_refused(shard_dir, tmp_path):
+    copy = shutil.copytree(shard_dir, tmp_path / "set")
+    data = bytearray((copy / PAIRS_FILE).read_bytes())
+    rows = np.frombuffer(
+        data, Pairs(shards.open(copy)).rows.dtype, offset=len(data) - Pairs(shards.open(copy)).rows.nbytes
+    )
+    rows[:] = rows[::-1].copy()  # each row is whole
+    (copy / PAIRS_FILE).write_bytes(data)
+    with pytest.raises(DamagedIndexError, match="not the one that dataset.json describes"):
+        overlap_plan(copy)
 
 
 def test_view_weights_are_fractions_of_the_steps_on_all_ranks():

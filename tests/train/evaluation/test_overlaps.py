@@ -101,7 +101,7 @@ def test_views_drawn_by_overlap_see_more_of_each_other(captures, tmp_path):
     assert means["overlap"] > 2 * means["uniform"]
 
 
-def test_a_run_by_overlap_says_what_it_draws_and_is_resumed(shard_dir, tmp_path):
+def test_a_run_by_overlap_says_what_it_draws_and_is_resumed_with_the_same_settings_only(shard_dir, tmp_path):
     def run(steps, *settings):
         command = (
             "train/main.py",
@@ -110,9 +110,13 @@ def test_a_run_by_overlap_says_what_it_draws_and_is_resumed(shard_dir, tmp_path)
             *SMALL,
             "model.freeze=[]",
         )
-        return run_command(
-            "python", *command, "data.sampling=overlap", "data.overlap=[0.2, 0.3]", f"max_steps={steps}", *settings
+        drawn = (
+            "data.sampling=overlap",
+            "data.overlap=[0.2, 0.3]",
+            "data.views=[1, 3]",
+            "data.view_weights={1: 0.5, 2: 0.2}",
         )
+        return run_command("python", *command, *drawn, f"max_steps={steps}", *settings)
 
     done = run(1)
     assert done.returncode == 0, done.stderr
@@ -120,4 +124,5 @@ def test_a_run_by_overlap_says_what_it_draws_and_is_resumed(shard_dir, tmp_path)
     done = run(2)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    assert "data.spread=0.9" in run(3, "data.spread=0.9").stderr.replace("data.spread': ", "data.spread=")
+    refused = run(3, "data.view_weights={1: 0.5}")
+    assert "was trained with data.view_weights={1: 0.5, 2: 0.2}, now it is data.view_weights={1: 0.5}" in refused.stderr
