@@ -120,7 +120,7 @@ bench: setup
 	@$(BIN)/python bench/own_captures.py
 	@for part in rates workers remote spread; do $(BIN)/python bench/loader.py $$part || exit 1; done
 	@for part in decode index; do $(BIN)/python bench/reading.py $$part || exit 1; done
-	@for part in speed memory full lora; do $(BIN)/python bench/model.py $$part || exit 1; done
+	@for part in speed memory full lora lora-speed; do $(BIN)/python bench/model.py $$part || exit 1; done
 	@for part in loop wait ranks checkpoint memory; do $(BIN)/python bench/step.py $$part || exit 1; done
 
 proof: shards

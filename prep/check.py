@@ -74,9 +74,8 @@ def check_capture(capture: Capture) -> CaptureCheck:
     return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
 
 
-Change = Callable[
-    [MatchedView], tuple[np.ndarray, np.ndarray]
-]  # a view -> extrinsics and intrinsics under a hypothesis
+# a view -> extrinsics and intrinsics under a hypothesis
+Change = Callable[[MatchedView], tuple[np.ndarray, np.ndarray]]
 GIVEN = "as given"
 
 

@@ -14,9 +14,9 @@ from prep.check import CaptureCheck
 from prep.packing.pack import PackResult
 from prep.packing.work import read_report
 from prep.terminal import console, counted, size_text
-from shards.index import REPAIR, how_to_make_pairs, sha256
+from shards.index import REPAIR, sha256
 from shards.pairs import Pairs
-from shards.schema import DATASET_FILE, FRAMES_FILE, PAIRS_FILE, REPORT_FILE
+from shards.schema import DATASET_FILE, FRAMES_FILE, REPORT_FILE
 
 SHOWN_DOUBTS = 5  # sequences
 
@@ -71,11 +71,15 @@ def print_info(shard_set: str) -> None:
     members = int(frames["jpg_size"].sum(dtype=np.int64) + frames["depth_size"].sum(dtype=np.int64))
     click.echo(f"{counted(len(opened.tars), 'tar')}, {counted(len(frames), 'frame')} ({with_depth:,} with depth)")
     click.echo(f"{members / len(frames) / 1e3:,.1f} kB a frame (JPEG and depth)")
-    if opened.has_pairs:
-        neighbors = np.count_nonzero(Pairs(opened).rows["overlap"], axis=1).mean()
-        click.echo(f"{neighbors:.1f} other frames are known to see some of the same, on average")
-    else:
-        click.echo(f"{PAIRS_FILE}, of which frames see the same, is not there; {how_to_make_pairs(shard_set)}")
+    try:
+        rows = Pairs(opened).rows
+        guessed = f"; guessed for {counted(int(rows['guessed'].sum()), 'frame')} without depth" * bool(
+            rows["guessed"].any()
+        )
+        neighbors = np.count_nonzero(rows["overlap"], axis=1).mean()
+        click.echo(f"{neighbors:.1f} other frames are known to see some of the same, on average{guessed}")
+    except ValueError as error:
+        click.echo(f"which frames see the same is not known: {error}")
     pairs, counts = np.unique(np.stack([frames["width"], frames["height"]], axis=1), axis=0, return_counts=True)
     common = sorted(zip(counts, pairs, strict=True), key=lambda item: -item[0])[:5]
     click.echo("width x height: " + ", ".join(f"{w} x {h} ({n:,})" for n, (w, h) in common))

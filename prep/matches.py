@@ -61,20 +61,31 @@ def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
         return view, sift.detectAndCompute(view.image, None)
 
     @cache
-    def guessed_overlaps(size: tuple[int, int]) -> tuple[np.ndarray, Views]:
+    def guessed_views() -> tuple[np.ndarray, Views]:
         some = np.unique(np.linspace(0, len(frames) - 1, MOST_GUESSED).round().astype(int))
-        return some, views_of(View(None, size, *frames[i].camera.opencv(*size)) for i in some)
+        sized = {int(i): _sized(frames[i], size_of_cameras()) for i in some}
+        usable = [i for i, view in sized.items() if np.isfinite(view.extrinsics).all()]
+        return np.array(usable), views_of(sized[i] for i in usable)
 
-    def partners(number: int, size: tuple[int, int]) -> Iterator[int]:
+    @cache
+    def size_of_cameras() -> tuple[int, int]:
+        """Of the images that the cameras' intrinsics are of: the first usable one is packed at another size."""
+        number = next(i for i in range(len(frames)) if seen(i) is not None)
+        view, _ = seen(number) or (None, None)
+        assert view is not None
+        height, width = view.image.shape
+        larger = frames[number].camera.opencv(height, width)[1][0, 0] / view.intrinsics[0, 0]
+        return round(height * larger), round(width * larger)
+
+    def partners(number: int) -> Iterator[int]:
         gap = max(1, len(frames) // PAIRS)
         while gap:
             yield min(number + gap, len(frames) - 1)
             gap //= 2
-        with np.errstate(all="ignore"):  # of cameras that are not finite
-            some, views = guessed_overlaps(size)
-            nearest = int(np.abs(some - number).argmin())
-            others = np.delete(np.arange(len(some)), nearest)
-            overlaps = views.overlaps(np.stack([np.full(len(others), nearest), others], axis=1))
+        some, views = guessed_views()
+        nearest = int(np.abs(some - number).argmin())
+        others = np.delete(np.arange(len(some)), nearest)
+        overlaps = views.overlaps(np.stack([np.full(len(others), nearest), others], axis=1))
         yield from map(int, some[others[np.argsort(np.abs(overlaps - LIKELY))[:GUESSES]]])
 
     pairs = []
@@ -82,13 +93,20 @@ def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
         first = seen(int(number))
         if first is None:
             continue
-        for partner in partners(int(number), first[0].image.shape[:2]):
-            second = seen(partner)
-            pair = None if second is None or partner == number else _matched(first, second)
+        tried = {int(number)}
+        for partner in partners(int(number)):
+            second = None if partner in tried else seen(partner)
+            tried.add(partner)
+            pair = None if second is None else _matched(first, second)
             if pair is not None:
                 pairs.append(pair)
                 break
     return pairs, usable, reasons
+
+
+def _sized(frame: Frame, size: tuple[int, int]) -> View:
+    """A frame of which the camera alone is known."""
+    return View(None, size, *frame.camera.opencv(*size))
 
 
 def _view(frames: list[Frame], number: int) -> MatchedView:

@@ -42,8 +42,9 @@ first red, the last blue, over points of its depths. Then a pair of views A and 
 depth of B and both cameras, and the same in a checkerboard with B. With right cameras and depths the last two look
 like B but for what is hidden from A, where the thing in front appears twice; where lines break at the squares' edges,
 a camera, an intrinsic or a depth is wrong. Of depth that is single points, A and B with these, by depth: the same
-point must lie on the same thing in both. Last a frame from the middle beside the nearest, the median and the farthest
-of the frames that are stored as overlapping with it, and the part that each sees of the other.
+point must lie on the same thing in both. Last a frame from the middle beside three
+others that see some of the same: most, as much as the median one, and least of those that are stored; and the part
+that each of the two sees of the other.
 """
 
 
@@ -78,13 +79,14 @@ def write_preview(shard_set: ShardSet, out: Path, count: int) -> Iterator[str | 
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
     title = html.escape(f"{shard_set}: {len(chosen)} of {len(rows)} sequences")
     head = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
+    pairs = good_pairs(shard_set)
     with atomic_file(out) as file:
         file.write(f"{head}<p>{EXPLANATION}</p>".encode())
         for number in chosen:
             name = "/".join(bytes(rows[key][number]).decode() for key in ("split", "category", "name"))
             problem = None
             try:
-                section = sequence_section(shard_set, int(rows["first"][number]), int(rows["count"][number]))
+                section = sequence_section(shard_set, pairs, int(rows["first"][number]), int(rows["count"][number]))
             except (ValueError, OSError) as error:
                 problem = str(error)
                 section = f'<p class="wrong">{html.escape(problem)}</p>'
@@ -92,7 +94,15 @@ def write_preview(shard_set: ShardSet, out: Path, count: int) -> Iterator[str | 
             yield problem
 
 
-def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
+def good_pairs(shard_set: ShardSet) -> Pairs | None:
+    """None if the set has none, or damaged ones, as vggt-prep verify says."""
+    try:
+        return Pairs(shard_set)
+    except ValueError:
+        return None
+
+
+def sequence_section(shard_set: ShardSet, pairs: Pairs | None, first: int, count: int) -> str:
     """The part of the page that shows the sequence of these frames. Raises ValueError or OSError if one is damaged."""
     frames = np.unique(np.linspace(first, first + count - 1, min(STRIP_FRAMES, count)).round().astype(int))
     views = [View(shard_set, int(frame), STRIP_HEIGHT) for frame in frames]
@@ -106,12 +116,12 @@ def sequence_section(shard_set: ShardSet, first: int, count: int) -> str:
     lines += [words] if (words := kind_of_depth(shard_set.dataset, name)) else []
     pictures = [_strip(views, cameras)]
     if known and count > 1:
-        pair = [View(shard_set, frame, PAIR_HEIGHT) for frame in _pair_of(shard_set, first, count)]
+        pair = [View(shard_set, frame, PAIR_HEIGHT) for frame in _pair_of(pairs, first, count)]
         agreement, picture = _pair(*pair)
         lines.append(f"A = {pair[0].name}, B = {pair[1].name}: {agreement}")
         pictures.append(picture)
-    if shard_set.has_pairs:
-        words, picture = _neighbors(shard_set, first + count // 2)
+    if pairs is not None:
+        words, picture = _neighbors(shard_set, pairs, first + count // 2)
         lines.append(words)
         pictures.append(picture)
     text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
@@ -139,10 +149,10 @@ def _seen(view: View) -> np.ndarray:
     return drawing.as_dots(view.geometry.depth) if view.is_scattered else view.geometry.depth
 
 
-def _pair_of(shard_set: ShardSet, first: int, count: int) -> tuple[int, int]:
+def _pair_of(pairs: Pairs | None, first: int, count: int) -> tuple[int, int]:
     """The first frame of a sequence and the one that sees half of the same, if that is known, else one not far."""
-    if shard_set.has_pairs:
-        others, overlaps = Pairs(shard_set).neighbors(first)
+    if pairs is not None:
+        others, overlaps = pairs.neighbors(first)
         if len(others):
             return first, int(others[np.abs(overlaps - 0.5).argmin()])
     return first, first + max(1, count // PAIR_STEP)
@@ -166,9 +176,9 @@ def _pair(a: View, b: View) -> tuple[str, np.ndarray]:
     return words, drawing.row([a.image, b.image, warped, checker])
 
 
-def _neighbors(shard_set: ShardSet, frame: int) -> tuple[str, np.ndarray]:
-    """A frame beside the nearest, the median and the farthest of those that see some of the same."""
-    others, overlaps = Pairs(shard_set).neighbors(frame)
+def _neighbors(shard_set: ShardSet, pairs: Pairs, frame: int) -> tuple[str, np.ndarray]:
+    """A frame beside those of its neighbors that overlap with it most, as the median one does, and least."""
+    others, overlaps = pairs.neighbors(frame)
     places = dict.fromkeys([0, len(others) // 2, len(others) - 1]) if len(others) else {}
     views = [View(shard_set, frame, STRIP_HEIGHT), *(View(shard_set, int(others[i]), STRIP_HEIGHT) for i in places)]
     found = ", ".join(f"{view.name} {overlaps[i]:.0%}" for i, view in zip(places, views[1:], strict=True))

@@ -21,7 +21,8 @@ SIDE = 96  # pixels of a small map's longer side
 POINTS = 256  # of a view
 FEW = 4  # points: a fraction of fewer is not believed
 NOISE_PAIRS = 48  # that the noise is measured on
-LEAST_TOLERANCE, MOST_TOLERANCE, NOISES = 0.01, 0.1, 3  # of the depth; tolerance in standard deviations of its noise
+# Of the depth, if its noise can be measured or not; and in standard deviations of the noise.
+LEAST_TOLERANCE, USUAL_TOLERANCE, MOST_TOLERANCE, NOISES = 0.01, 0.03, 0.1, 3
 COMPARABLE = 0.2  # depths that differ more are of two surfaces
 GUESSED = (0.5, 1.0, 2.0)  # of a typical depth: where a view without depth is taken to see something
 TRIED_AXES = 64  # of other cameras
@@ -162,7 +163,7 @@ class Views:
 def views_of(views: Iterable[View]) -> Views:
     """The views of one scene, with the tolerance that the noise of its depths asks for."""
     views = list(views)
-    guesses = _guessed_depths(views)
+    guesses = np.empty(0) if all(view.has_depth for view in views) else _guessed_depths(views)
     centers = np.array([-view.extrinsics[:, :3].T @ view.extrinsics[:, 3] for view in views])
     origin = np.median(centers, axis=0)  # float32 is exact enough about it
     rotations = np.array([view.extrinsics[:, :3] for view in views])
@@ -200,12 +201,21 @@ def _neighborhood(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tolerance(views: Views, maps: list[np.ndarray]) -> float:
-    """By what fraction depths of the same point differ: NOISES times the noise between views that follow each other."""
-    firsts = np.unique(np.linspace(0, len(views) - 2, NOISE_PAIRS).round().astype(int)) if len(views) > 1 else []
-    differences = [_differences(views, int(i), int(i) + 1, maps[int(i) + 1]) for i in firsts]
-    found = np.concatenate([np.empty(0), *differences])
-    noise = 1.4826 * float(np.median(found)) if len(found) >= POINTS else 0.0
-    return float(np.clip(NOISES * noise, LEAST_TOLERANCE, MOST_TOLERANCE))
+    """By what fraction depths of the same point differ: NOISES times the noise between views that see the same.
+
+    Of many views those that follow each other are compared, of few all.
+    """
+    count = len(views)
+    if count * (count - 1) // 2 <= NOISE_PAIRS:
+        pairs = np.stack(np.triu_indices(count, 1), axis=1)
+    else:
+        firsts = np.unique(np.linspace(0, count - 2, NOISE_PAIRS).round().astype(int))
+        pairs = np.stack([firsts, firsts + 1], axis=1)
+    differences = [_differences(views, int(i), int(j), maps[j]) for i, j in pairs]
+    found = np.concatenate([np.empty(0), *(part for part in differences if len(part) >= POINTS / 4)])
+    if not len(found):
+        return USUAL_TOLERANCE
+    return float(np.clip(NOISES * 1.4826 * np.median(found), LEAST_TOLERANCE, MOST_TOLERANCE))
 
 
 def _differences(views: Views, source: int, target: int, depth: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from shards.schema import DATASET_FILE, PAIRS_FILE, pair_dtype, row_crc
 class Pairs:
     """The rows (shards.schema.pair_dtype), mapped from disk; of a remote set they are fetched once.
 
-    whole: whether all of the file must be the set's; a worker process, whose trainer has looked, looks at rows alone.
+    whole: whether all of the file must be the set's, or the rows that are read.
     Raises ValueError if the set has none, DamagedIndexError if they are not the set's.
     """
 
@@ -21,13 +21,12 @@ class Pairs:
         self.repair = how_to_make_pairs(str(shard_set))
         if not shard_set.has_pairs:
             raise ValueError(f"{shard_set}: has no {PAIRS_FILE}; {self.repair}")
-        if whole and not shard_set.in_worker:
+        if whole:
             shard_set.refresh_index(PAIRS_FILE)
         path = shard_set.index_path(PAIRS_FILE)
         if not path.is_file() or path.stat().st_size != shard_set.dataset["files"][PAIRS_FILE]["size"]:
-            replaced = ", or made again since this began" if shard_set.in_worker else ""
-            raise DamagedIndexError(f"{path}: missing or cut off{replaced}; {self.repair}")
-        if whole and not shard_set.in_worker and sha256(path) != shard_set.pairs_digest:
+            raise DamagedIndexError(f"{path}: not of the size that {DATASET_FILE} says; {self.repair}")
+        if whole and sha256(path) != shard_set.pairs_digest:
             raise DamagedIndexError(f"{path}: not the one that {DATASET_FILE} describes; {self.repair}")
         self.rows = map_rows(path, pair_dtype, "overlap", repair=self.repair)
         if len(self.rows) != len(shard_set.frames):

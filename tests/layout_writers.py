@@ -26,9 +26,10 @@ class View:
         return np.linalg.inv(np.vstack([self.cam_from_world, [0, 0, 0, 1]]))
 
 
-def rendered(frames=8, seed=3, family=FAMILIES["turntable"], category="mixed"):
+def rendered(frames=8, seed=3):
     rng = np.random.default_rng(seed)
-    scene = family.make_scene(rng, category)
+    family = FAMILIES["turntable"]
+    scene = family.make_scene(rng, "mixed")
     views = []
     for camera in family.make_cameras(rng, unit=scene.unit, frames=frames):
         image, depth, _ = render(scene, camera)

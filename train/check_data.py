@@ -32,7 +32,7 @@ from train.data.plan import TrainingPlan
 from train.data.split import Split, stored_neighbors
 from train.data.workers import worker_count
 from train.engine.settings import TrainConfig
-from train.report.overlaps import draw_pairs, drawn_pairs
+from train.report.drawn_views import draw_pairs, drawn_pairs, median
 from train.report.pictures import save_picture
 from train.report.words import describe_damage
 
@@ -119,8 +119,9 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
     for sampling, (overlaps, _) in drawn.items():
         print(f"{sampling:>8} sampling: two views overlap by {describe_overlaps(overlaps)}")
     print(f"{out / VIEWS_FILE}: what views of a scene have in common, by data.sampling")
-    if np.median(drawn["uniform"][0]) < STRANGERS and config.data.sampling == "uniform":
-        print("Most views that are drawn at random see nothing of each other: try data.sampling=overlap")
+    if median(drawn["uniform"][0]) < STRANGERS and "uniform" in config.data.samplings:
+        first = "" if "overlap" in drawn else " (vggt-prep pairs SET first)"
+        print(f"Most views that are drawn at random see nearly nothing of each other: try data.sampling=overlap{first}")
 
 
 def describe_overlaps(overlaps: np.ndarray) -> str:

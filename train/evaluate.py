@@ -77,7 +77,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min-frames", type=int, default=50, help="of a sequence (the protocol's: 50)")
     parser.add_argument("--views", type=int, default=10, help="of a sequence (the protocol's: 10)")
     parser.add_argument(
-        "--views-from", choices=("uniform", "overlap"), default="uniform", help="overlap: that see the same (uniform)"
+        "--views-from",
+        choices=("uniform", "overlap"),
+        default="uniform",
+        help="how frames are drawn (uniform); overlap: so that they see the same",
     )
     parser.add_argument("--split", choices=("train", "test"), default="test", help="(the protocol's: test)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")

@@ -108,7 +108,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     else:
         check_resumable(saved, config, shard_sets)
         config = with_init_of(config, saved["config"].get("init"))
-        changes = mixture_changes(shard_sets, config.data.sources, saved)
+        changes = mixture_changes(shard_sets, config.data, saved)
     validated = world.from_main(partial(what_is_validated, config, train_split, val_split, saved))
     if config.guard == "stop" and (validated is None or validated.tested < MIN_SCENES):
         raise ValueError(
@@ -141,7 +141,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     resumed, former_config = saved is not None, saved and saved["config"]
     places = {**former_places(saved), **{s.digest: str(s) for s in shard_sets}}
     del saved
-    about = describe_start(config, model, train_split, val_split, validated, world, workers)
+    about = describe_start(config, model, train_split, neighbors, val_split, validated, world, workers)
     if dry:
         result = dry_run(config, world, shared, optimizer, train_split, plan, state)
         if world.is_main:

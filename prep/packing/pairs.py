@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import sys
 from collections.abc import Callable
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, as_completed, wait
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ import shards
 from shards.build_index import write_dataset
 from shards.index import read_dataset, sha256
 from shards.locks import locked
-from shards.overlap import Views, stored_view, views_of
+from shards.overlap import View, Views, stored_view, views_of
 from shards.schema import DATASET_FILE, PAIRS_FILE, pair_dtype, row_crc
+from shards.schema import WORK_FOLDER as PACK_FOLDER
+from shards.storage import LocalStorage
 from shards.writer import atomic_file, remove_leftovers
+
+log = logging.getLogger(__name__)
 
 NEIGHBORS = 64  # of a frame
 WORK_FOLDER = ".pairs"
@@ -37,6 +43,8 @@ def add_pairs(
     Returns how many frames have no neighbor. on_plan receives the number of frames; on_tar the number in a tar that is
     done. Raises ValueError for a damaged set.
     """
+    if (out / PACK_FOLDER).exists():
+        raise ValueError(f"{out}: its pack is not finished; the same pack command continues it")
     shard_set = shards.open(out)
     most = max(1, min(neighbors, int(shard_set.sequences["count"].max()) - 1))
     bounds = np.searchsorted(shard_set.frames["tar"], np.arange(len(shard_set.tars) + 1))
@@ -49,7 +57,7 @@ def add_pairs(
             leftover.unlink()
         parts = [work / f"{i}.npy" for i in range(len(shard_set.tars))]
         jobs = {
-            executor.submit(pairs_of_tar, shard_set, int(a), int(b), most, part): int(b - a)
+            executor.submit(pairs_of_tar, out, shard_set.digest, int(a), int(b), most, part): int(b - a)
             for a, b, part in zip(bounds[:-1], bounds[1:], parts, strict=True)
         }
         try:
@@ -59,25 +67,47 @@ def add_pairs(
         finally:
             for job in jobs:
                 job.cancel()
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # on interrupt, the workers' owner ends them
+                wait(jobs)  # running ones still write
+        _opened(out, shard_set.digest)
         alone = _join(out, parts, most)
-        _list_pairs(shard_set, out)
+        _list_pairs(out, shard_set.digest)
         shutil.rmtree(out / WORK_FOLDER)
     return alone
 
 
-def pairs_of_tar(shard_set: shards.ShardSet, first: int, end: int, neighbors: int, part: Path) -> None:
+def _opened(out: Path, digest: str) -> shards.ShardSet:
+    """The set, whose size others have looked at. Raises ValueError if it is not the one of this digest any more."""
+    shard_set = shards.ShardSet(LocalStorage(out), read_dataset((out / DATASET_FILE).read_bytes()))
+    if shard_set.digest != digest:
+        raise ValueError(f"{out}: was replaced while its pairs were made; make them again")
+    return shard_set
+
+
+def pairs_of_tar(out: Path, digest: str, first: int, end: int, neighbors: int, part: Path) -> None:
     """Write the rows of a tar's frames, those from `first` to before `end`. Runs in a worker."""
     if _is_whole(part, end - first, neighbors):
         return
+    shard_set = _opened(out, digest)
     rows = np.zeros(end - first, pair_dtype(neighbors))
     frame = first
     while frame < end:
         count = int(shard_set.sequences[shard_set.row(frame)["sequence"]]["count"])
-        views = views_of(stored_view(shard_set, i) for i in range(frame, frame + count))
+        views = views_of(_view(shard_set, i) for i in range(frame, frame + count))
         fill_rows(rows[frame - first : frame - first + count], views)
         frame += count
     with atomic_file(part) as file:
         np.save(file, rows, allow_pickle=False)
+
+
+def _view(shard_set: shards.ShardSet, frame: int) -> View:
+    """A frame, and one that is damaged as one without depth: training replaces it by others, too."""
+    try:
+        return stored_view(shard_set, frame)
+    except shards.DamagedMemberError as error:
+        log.warning("taken as without depth: %s", error)
+        row = shard_set.row(frame)
+        return View(None, (int(row["height"]), int(row["width"])), row["extrinsics"], row["intrinsics"])
 
 
 def _is_whole(part: Path, frames: int, neighbors: int) -> bool:
@@ -171,10 +201,7 @@ def _join(out: Path, parts: list[Path], neighbors: int) -> int:
     return alone
 
 
-def _list_pairs(shard_set: shards.ShardSet, out: Path) -> None:
-    path = out / PAIRS_FILE
-    dataset = read_dataset((out / DATASET_FILE).read_bytes())
-    if shards.ShardSet(shard_set.storage, dataset).digest != shard_set.digest:
-        raise ValueError(f"{out}: was replaced while its pairs were made; make them again")
+def _list_pairs(out: Path, digest: str) -> None:
+    path, dataset = out / PAIRS_FILE, _opened(out, digest).dataset
     dataset["files"][PAIRS_FILE] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_dataset(out, dataset)

@@ -16,14 +16,14 @@ PATCHES = (11, 23, 47, 95)  # along the length: no place looks like another
 SWING = 1.3  # radians to either side that the camera looks, as it walks
 
 
-def make_scene(rng: np.random.Generator, _: str) -> Scene:
-    """A corridor along x, with things along both of its sides."""
+def make_scene(rng: np.random.Generator, category: str) -> Scene:
+    """A corridor along x, with things along both of its sides; there is one category."""
+    assert category in CATEGORIES
     unit = float(rng.uniform(1, 8))
-    look = {"tile": LENGTH * unit}
-    floor = Ground(radius=LENGTH * unit, texture=make_patchwork(rng, 512, PATCHES), **look)
+    floor = Ground(radius=LENGTH * unit, texture=make_patchwork(rng, 512, PATCHES), tile=LENGTH * unit)
     size = f32([LENGTH / 2, WIDTH / 2, HEIGHT]) * f32(unit)
     texture = make_patchwork(rng, 512, PATCHES)
-    walls = Walls(center=f32([0, 0, 0]), half_size=size, yaw=0.0, texture=texture, **look)
+    walls = Walls(center=f32([0, 0, 0]), half_size=size, yaw=0.0, texture=texture, tile=LENGTH * unit)
     shapes: list[Shape] = [floor, walls]
     for i in range(THINGS):
         along = (i + rng.uniform(0.2, 0.8)) / THINGS * LENGTH - LENGTH / 2

@@ -31,7 +31,7 @@ class Family:
     categories: tuple[str, ...]
     make_scene: Callable[[np.random.Generator, str], Scene]
     make_cameras: Callable[..., list[Camera]]  # of rng, unit=, frames=, sizes=
-    make_held_out_cameras: Callable[..., list[Camera]]
+    make_held_out_cameras: Callable[..., list[Camera]] | None = None  # None: the same
 
 
 FAMILIES = {
@@ -39,13 +39,11 @@ FAMILIES = {
         categories=turntable.CATEGORIES,
         make_scene=turntable.make_scene,
         make_cameras=partial(make_orbit, orbit=turntable.ORBIT),
-        make_held_out_cameras=partial(make_orbit, orbit=turntable.ORBIT),
     ),
     "walk": Family(
         categories=turntable.CATEGORIES,
         make_scene=turntable.make_scene,
         make_cameras=partial(make_orbit, orbit=turntable.WALK),
-        make_held_out_cameras=partial(make_orbit, orbit=turntable.WALK),
     ),
     "rooms": Family(
         categories=rooms.CATEGORIES,
@@ -57,7 +55,6 @@ FAMILIES = {
         categories=corridor.CATEGORIES,
         make_scene=corridor.make_scene,
         make_cameras=corridor.make_walk,
-        make_held_out_cameras=corridor.make_walk,
     ),
 }
 TEST_FRACTION = 8  # one scene in so many is held out
@@ -148,7 +145,7 @@ def write_scene(root: Path, index: int, options: SynthOptions) -> tuple[str, str
     for part in ("images", "depths", "depth_masks"):
         (folder / part).mkdir(parents=True)
     scene = family.make_scene(rng, category)
-    make_cameras = family.make_held_out_cameras if is_held_out(index) else family.make_cameras
+    make_cameras = (family.make_held_out_cameras if is_held_out(index) else None) or family.make_cameras
     sizes = landscape_and_portrait(options.short_side)
     annotations = []
     for i, camera in enumerate(make_cameras(rng, unit=scene.unit, frames=options.frames, sizes=sizes)):

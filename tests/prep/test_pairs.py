@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import vggt_prep
+from conftest import run_command, vggt_prep
 
 import shards
 from prep.packing import pairs as packing_pairs
@@ -201,7 +201,7 @@ def test_every_flipped_byte_is_found_by_verify_and_wrong_rows_by_the_reader(copi
     path.write_bytes(good[:-1])
     assert "vggt-prep pairs" in verify(str(copied), executor, sample=0.01).problems[0]
     opened = shards.open(copied)  # it is of use without
-    with pytest.raises(DamagedIndexError, match="missing or cut off"):
+    with pytest.raises(DamagedIndexError, match="not of the size that dataset"):
         Pairs(opened)
     add_pairs(copied, executor)
     assert path.read_bytes() == good
@@ -294,3 +294,32 @@ def test_verify_gives_no_advice_on_tars_where_pairs_alone_are_wrong(copied):
     assert done.returncode == 1
     assert "vggt-prep pairs" in done.stderr
     assert "Copy these tars" not in done.stderr
+
+
+def test_a_damaged_frame_costs_its_own_pairs_alone_and_is_told(copied, executor, caplog):
+    opened = shards.open(copied)
+    row = opened.frames[5]
+    path = copied / opened.tars[row["tar"]]
+    with path.open("r+b") as file:
+        file.seek(int(row["depth_offset"]) + 9)
+        file.write(b"xxxx")
+    add_pairs(copied, executor)
+    assert "taken as without depth" in caplog.text
+    rows = Pairs(shards.open(copied)).rows
+    assert np.flatnonzero(rows["guessed"]).tolist() == [5]
+    assert (rows["overlap"][:, 0] > 0).all()
+
+
+def test_a_damaged_pairs_file_stops_neither_info_nor_preview_nor_the_look_at_the_data(copied, tmp_path):
+    data = bytearray((copied / PAIRS_FILE).read_bytes())
+    data[-50] ^= 1
+    (copied / PAIRS_FILE).write_bytes(data)
+    done = vggt_prep("info", copied)
+    assert done.returncode == 0
+    assert "which frames see the same is not known:" in done.stdout
+    assert vggt_prep("preview", copied, "--sequences", 1, "--out", tmp_path / "p.html").returncode == 0
+    settings = (f"data.shards={copied}", "data.width=84", "data.views=[1, 1]", "max_img_per_gpu=4", "data.workers=0")
+    done = run_command("python", "-m", "train.check_data", *settings, "--steps", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "uniform sampling: two views overlap by nothing, as there is one view in a scene" in done.stdout
+    assert "overlap sampling" not in done.stdout

@@ -245,7 +245,8 @@ class TrainingPlan:
             config = self.config
             return draw_overlapping(rng, partial(stored, sequence), length, views, config.overlap, config.spread)
         sampling = self.config.samplings[source] if self.config.samplings else self.config.sampling
-        assert sampling != "overlap"  # its neighbors were not given
+        if sampling == "overlap":
+            raise ValueError("neighbors: needed to draw by overlap, and not given")
         return draw_frames(rng, sampling, length, views)
 
 

@@ -62,17 +62,24 @@ def stored_neighbors(split: Split, samplings: Sequence[str]) -> tuple[StoredNeig
     return tuple(found)
 
 
-def lonely_frames(split: Split, neighbors: Sequence[StoredNeighbors | None], overlap: tuple[float, float]) -> float:
-    """Of the frames of sets that are sampled by overlap, the fraction without a neighbor in this range."""
-    lonely, count = 0, 0
+def lonely_frames(
+    split: Split, neighbors: Sequence[StoredNeighbors | None], overlap: tuple[float, float]
+) -> tuple[float, float]:
+    """Of the frames of sets that are sampled by overlap, the fractions with neighbors, but none in this range, and
+    without any.
+    """
+    outside, alone, count = 0, 0, 0
     for stored, all_first, lengths in zip(neighbors, split.first, split.lengths, strict=True):
         if stored is None:
             continue
         for first, length in zip(all_first, lengths, strict=True):
             values = stored.pairs.rows["overlap"][first : first + length] / np.float32(255)
             fits = (values > 0) & (values >= overlap[0]) & (values <= overlap[1])
-            lonely, count = lonely + int((~fits.any(axis=1)).sum()), count + int(length)
-    return lonely / count if count else 0.0
+            without = ~(values > 0).any(axis=1)
+            alone += int(without.sum())
+            outside += int((~fits.any(axis=1) & ~without).sum())
+            count += int(length)
+    return (outside / count, alone / count) if count else (0.0, 0.0)
 
 
 Members = tuple[bytes, bytes | None] | DamagedMemberError  # JPEG and depth of a frame, or why there are none

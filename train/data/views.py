@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 NEARBY_WINDOW = 2  # frames that `nearby` chooses from, in multiples of the views drawn
-OVERLAP, SPREAD = (0.1, 0.9), 0.5  # of `overlap`, unless a configuration says otherwise
+OVERLAP, SPREAD = (0.1, 0.9), 0.5  # of drawing by overlap: the defaults, and those of evaluations
 
 Neighbors = Callable[[int], tuple[np.ndarray, np.ndarray]]  # of a frame: others [n], best first, and their overlaps
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from shards.splits import SharedPlaces
 from train.data.plan import scenes_per_rank
-from train.data.split import Split, lonely_frames, stored_neighbors
+from train.data.split import Split, StoredNeighbors, lonely_frames
 from train.engine.checkpoint import BEST, LATEST, step_file, steps_saved
 from train.engine.folder import CHECKPOINTS
 from train.engine.settings import TrainConfig
@@ -32,6 +33,7 @@ def describe_start(
     config: TrainConfig,
     model: VGGT,
     train: Split,
+    neighbors: Sequence[StoredNeighbors | None],
     val: Split | None,
     validated: SharedPlaces | None,
     world: World,
@@ -44,7 +46,7 @@ def describe_start(
     short = sum(int((lengths < high).sum()) for lengths in train.lengths)
     lines = [
         f"model {config.model.preset}: {_parts(model)}{_adapters(config, model)}",
-        *_data(config, train),
+        *_data(config, train, neighbors),
         *(
             [f"{count(short, 'sequence')} shorter than {high} views: their frames repeat in larger scenes"]
             * bool(short)
@@ -100,18 +102,18 @@ def _adapters(config: TrainConfig, model: VGGT) -> str:
     return f"; adapters of rank {config.model.lora.rank} on {layers} linear layers" if config.model.lora else ""
 
 
-def _data(config: TrainConfig, train: Split) -> list[str]:
+def _data(config: TrainConfig, train: Split, neighbors: Sequence[StoredNeighbors | None]) -> list[str]:
     lines = []
     for shard_set, lengths, source in zip(train.shard_sets, train.lengths, config.data.sources, strict=True):
         weight = f", weight {source.weight:g}" if len(config.data.sources) > 1 else ""
         size = f"{count(len(lengths), 'sequence')} of {int(lengths.sum()):,} frames in all"
         lines.append(f"data {shard_set}: {size}{weight}")
-    lonely = lonely_frames(train, stored_neighbors(train, config.data.samplings), config.data.overlap)
-    if lonely:
+    outside, alone = lonely_frames(train, neighbors, config.data.overlap)
+    if outside or alone:
         low, high = config.data.overlap
         lines.append(
-            f"data.overlap: {lonely:.1%} of the frames have no other with an overlap of {low:g} to {high:g}; for these "
-            "what comes nearest is taken"
+            f"data.overlap: {outside:.1%} of the frames have no other with an overlap of {low:g} to {high:g}, and get "
+            f"what comes nearest; {alone:.1%} overlap with none that is known, and get others at random"
         )
     return lines
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from shards import ShardSet
 from shards.schema import PAIRS_FILE
-from train.data.plan import DataState, ShardSource
+from train.data.plan import DataConfig, DataState, ShardSource
 
 Streams = dict[str, list[int]]  # by a set's digest: the number of its stream in the random draws, and the position
 
@@ -46,7 +46,7 @@ def state_of(step: int, streams: Streams) -> DataState:
     return DataState(step, tuple(position for _, position in streams.values()))
 
 
-def mixture_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSource], saved: dict[str, Any]) -> list[str]:
+def mixture_changes(shard_sets: Sequence[ShardSet], data: DataConfig, saved: dict[str, Any]) -> list[str]:
     """What a resumed run does differently, for people."""
     before, now = set(saved["shards"]), {shard_set.digest for shard_set in shard_sets}
     joined = [str(shard_set) for shard_set in shard_sets if shard_set.digest not in before]
@@ -54,13 +54,13 @@ def mixture_changes(shard_sets: Sequence[ShardSet], sources: Sequence[ShardSourc
     if before - now:
         changes.append(f"data.shards: {len(before - now)} of {len(before)} sets left the run")
     former = dict(zip(saved["shards"], _sources(saved["config"]["data"]["shards"]), strict=True))
-    for shard_set, source in zip(shard_sets, sources, strict=True):
+    for shard_set, source in zip(shard_sets, data.sources, strict=True):
         was = former.get(shard_set.digest, source)
         if was.weight != source.weight:
             changes.append(f"data.shards: {shard_set} now has weight {source.weight:g}, not {was.weight:g}")
-        if was.sampling != source.sampling:
-            how = [one.sampling or "data.sampling says" for one in (source, was)]
-            changes.append(f"data.shards: {shard_set} is now sampled as {how[0]}, not as {how[1]}")
+        now, before = (one.sampling or data.sampling for one in (source, was))  # the latter may not change
+        if now != before:
+            changes.append(f"data.shards: views of {shard_set} are now drawn as {now}, not as {before}")
         pairs = saved.get("pairs", {}).get(shard_set.digest)
         if pairs is not None and pairs != shard_set.pairs_digest:
             changes.append(

@@ -19,13 +19,16 @@ from vggt.geometry import decode_pose
 EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the bins
 BINNED = ("auc_30", "rotation_deg")
 
+WORST = (180.0, 90.0)  # degrees: of rotation and direction
 PairErrors = list[tuple[float, float, float]]  # overlap, and errors of rotation and direction in degrees
 
 
 def errors_by_pair(predictions: dict[str, Any], batch: Batch) -> PairErrors:
-    """Of all pairs of views of a batch of one scene. Empty without a camera head, or where a view lacks depth."""
-    known = batch["mask"][0].flatten(1).any(1)
-    if "pose_enc" not in predictions or batch["images"].shape[1] < 2 or not bool(known.all()):
+    """Of the pairs of views with depth of a batch of one scene; an error that is not finite counts as the largest.
+
+    Empty without a camera head.
+    """
+    if "pose_enc" not in predictions or batch["images"].shape[1] < 2:
         return []
     height, width = batch["images"].shape[-2:]
     extrinsics, _ = decode_pose(predictions["pose_enc"].double(), height, width)
@@ -33,20 +36,19 @@ def errors_by_pair(predictions: dict[str, Any], batch: Batch) -> PairErrors:
     depths = (batch["depth"] * batch["mask"])[0].cpu().numpy()
     truth = (batch[name][0].double().cpu().numpy() for name in ("extrinsics", "intrinsics"))
     views = views_of(View(depth, (height, width), *camera) for depth, *camera in zip(depths, *truth, strict=True))
-    overlaps = views.overlaps(np.stack(np.triu_indices(len(depths), 1), axis=1))
-    return [(float(o), float(r), float(t)) for o, r, t in zip(overlaps, *errors, strict=True)]
+    pairs = np.stack(np.triu_indices(len(depths), 1), axis=1)
+    values = np.stack(
+        [views.overlaps(pairs), *(np.nan_to_num(x, nan=y) for x, y in zip(errors, WORST, strict=True))], axis=1
+    )
+    return [(o, r, t) for o, r, t in values[views.has_depth[pairs].all(axis=1)].tolist()]
 
 
 def metrics_by_overlap(scenes: Sequence[PairErrors], categories: Sequence[str]) -> list[dict[str, Any]]:
     """For each bin that some pairs fall into: its ends, how many pairs, and BINNED as means over scenes.
 
-    categories: of each scene; means are means over categories. A scene with an error that is not finite does not count.
+    categories: of each scene; means are means over categories.
     """
-    usable = [
-        (np.array(pairs), category)
-        for pairs, category in zip(scenes, categories, strict=True)
-        if pairs and np.isfinite(pairs).all()
-    ]
+    usable = [(np.array(pairs), category) for pairs, category in zip(scenes, categories, strict=True) if pairs]
     bins = []
     for low, high in pairwise(EDGES):
         parts, groups, count = [], [], 0

@@ -39,7 +39,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"data": {"width": 518}} -> {"data.width": 518}; what has other keys than names is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        is_section = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        is_section = isinstance(value, dict) and bool(value) and all(isinstance(name, str) for name in value)
         flat |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat
 

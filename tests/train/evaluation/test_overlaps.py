@@ -52,13 +52,16 @@ def test_each_pair_has_the_overlap_of_its_frames_and_its_own_errors(batch, shard
 def test_without_depth_or_cameras_there_is_nothing_to_bin(batch):
     assert errors_by_pair({}, batch) == []
     mask = batch["mask"].clone()
-    mask[:, 2] = False
-    assert errors_by_pair(predicted(batch), batch | {"mask": mask}) == []
+    mask[:, 2] = False  # of one view: the pairs of the others are left
+    assert len(errors_by_pair(predicted(batch), batch | {"mask": mask})) == 6
+    lost = predicted(batch)
+    lost["pose_enc"][:, 1] = torch.nan
+    assert sum(pair[1:] == (180.0, 90.0) for pair in errors_by_pair(lost, batch)) == 4  # the worst there is
 
 
 def test_bins_are_means_over_scenes_and_hold_every_pair_once():
     far, near = (0.05, 40.0, 10.0), (1.0, 2.0, 1.0)
-    scenes = [[far, far, near], [near, (0.6, 4.0, 50.0)], [], [(0.3, np.nan, 1.0)]]
+    scenes = [[far, far, near], [near, (0.6, 4.0, 50.0)], [], []]
     bins = metrics_by_overlap(scenes, ["a", "a", "b", "b"])
     assert [tuple(b["overlap"]) for b in bins] == [(0.0, 0.1), (0.5, 0.75), (0.75, 1.0)]
     assert [b["pairs"] for b in bins] == [2, 1, 2]
@@ -120,7 +123,7 @@ def test_a_run_by_overlap_says_what_it_draws_and_is_resumed_with_the_same_settin
 
     done = run(1)
     assert done.returncode == 0, done.stderr
-    assert "of the frames have no other with an overlap of 0.2 to 0.3" in done.stdout
+    assert "of the frames have no other with an overlap of 0.2 to 0.3, and get what comes nearest; 0.0%" in done.stdout
     done = run(2)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout

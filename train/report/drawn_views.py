@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from functools import cache, partial
 
 import cv2
@@ -9,6 +11,7 @@ import numpy as np
 
 from shards import drawing
 from shards.overlap import View, stored_view, views_of
+from shards.reader import DamagedMemberError
 from train.data.plan import TrainingPlan
 from train.data.split import Split, StoredNeighbors, stored_neighbors
 from train.data.views import draw_frames, draw_overlapping
@@ -22,14 +25,14 @@ Drawn = dict[str, list[np.ndarray]]  # sampling -> overlaps and rotations in deg
 
 
 def drawn_pairs(split: Split, plan: TrainingPlan) -> Drawn:
-    """The pairs of views of some scenes of the plan, and of the same ones drawn otherwise.
+    """The pairs of views of some sequences of the plan, with as many views as it says, drawn in each way.
 
-    By overlap only if the sets have pairs.npy. Raises DamagedMemberError, StorageError.
+    By overlap only if the sets have a good pairs.npy; frames that are damaged are left out. Raises StorageError.
     """
     samplings, neighbors = ["uniform", "nearby"], list[StoredNeighbors | None]()
-    if all(shard_set.has_pairs for shard_set in split.shard_sets):
-        samplings.append("overlap")
+    with contextlib.suppress(ValueError):  # no pairs, or damaged ones, of which others speak
         neighbors = list(stored_neighbors(split, ["overlap"] * len(split.shard_sets)))
+        samplings.append("overlap")
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {sampling: [] for sampling in samplings}
     state = plan.start()
     for number in range(SCENES):
@@ -46,20 +49,30 @@ def drawn_pairs(split: Split, plan: TrainingPlan) -> Drawn:
                 frames = draw_overlapping(rng, near, length, step.shape.views, config.overlap, config.spread)
             else:
                 frames = draw_frames(rng, sampling, length, step.shape.views)
-            found[sampling].append(_pairs([view(frame) for frame in dict.fromkeys(frames)]))
+            found[sampling].append(_pairs([v for frame in dict.fromkeys(frames) if (v := view(frame)) is not None]))
     return {sampling: [np.concatenate(part) for part in zip(*pairs, strict=True)] for sampling, pairs in found.items()}
 
 
-def _view(split: Split, source: int, first: int, frame: int) -> View:
-    return stored_view(split.shard_sets[source], first + frame)
+def _view(split: Split, source: int, first: int, frame: int) -> View | None:
+    try:
+        return stored_view(split.shard_sets[source], first + frame)
+    except DamagedMemberError:
+        return None
 
 
 def _pairs(views: list[View]) -> tuple[np.ndarray, np.ndarray]:
     """Overlaps, and rotations in degrees, of all pairs of views."""
+    if len(views) < 2:
+        return np.empty(0), np.empty(0)
     i, j = np.triu_indices(len(views), 1)
     rotations = np.array([view.extrinsics[:, :3] for view in views])
     cosines = (np.einsum("pab,pab->p", rotations[i], rotations[j]) - 1) / 2
     return views_of(views).overlaps(np.stack([i, j], axis=1)), np.degrees(np.arccos(np.clip(cosines, -1, 1)))
+
+
+def median(values: np.ndarray) -> float:
+    """NaN of none."""
+    return float(np.median(values)) if len(values) else math.nan
 
 
 def draw_pairs(drawn: Drawn) -> np.ndarray:
@@ -69,7 +82,7 @@ def draw_pairs(drawn: Drawn) -> np.ndarray:
         cells = [
             drawing.stack(
                 [
-                    drawing.text(f"{sampling}: {title}; median {np.median(part):.3g}", BARS * BAR_WIDTH),
+                    drawing.text(f"{sampling}: {title}; median {median(part):.3g}", BARS * BAR_WIDTH),
                     _histogram(part, most),
                 ]
             )
