@@ -158,8 +158,8 @@ def make_pairs(out: Path, executor: Executor, neighbors: int = NEIGHBORS) -> Non
             on_plan=lambda frames: tasks.append(start(bar, "comparing", frames)),
             on_tar=lambda frames: bar.advance(tasks[0], frames),
         )
-    without = f"; frames without another that is known to: {alone:,}" if alone else ""
-    click.echo(f"{out / PAIRS_FILE}: which frames see the same{without}")
+    without = f"; {alone:,} with no other that is known to" if alone else ""
+    click.echo(f"{out / PAIRS_FILE}: which frames see the same as others{without}")
 
 
 def pack_source(

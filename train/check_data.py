@@ -126,7 +126,7 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
 
 def describe_overlaps(overlaps: np.ndarray) -> str:
     if not len(overlaps):
-        return "nothing, as there is one view in a scene"
+        return "nothing: scenes have one view"
     low, middle, high = np.percentile(overlaps, [10, 50, 90])
     return f"{middle:.0%} (median; 80% of the pairs by {low:.0%} to {high:.0%})"
 

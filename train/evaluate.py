@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
         "--views-from",
         choices=("uniform", "overlap"),
         default="uniform",
-        help="how frames are drawn (uniform); overlap: so that they see the same",
+        help="how frames are drawn (uniform); overlap: each sees some of the same as one before",
     )
     parser.add_argument("--split", choices=("train", "test"), default="test", help="(the protocol's: test)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")

@@ -50,7 +50,7 @@ from train.engine.streams import mixture_changes, new_streams, saved_streams, st
 from train.evaluation.bootstrap import MIN_SCENES
 from train.evaluation.guard import harmed
 from train.evaluation.history import ValidationHistory, compared_plan
-from train.evaluation.validation import Validator, scene_names
+from train.evaluation.validation import Validator
 from train.objective.matching import matching_block, start_matching
 from train.report.logger import Reporter
 from train.report.words import metric_of
@@ -92,8 +92,8 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         raise ValueError("data.shards: not given; expected a directory made by vggt-prep pack, or its URL")
     shard_sets = [shards.open(source.path) for source in config.data.sources]
     train_split = Split(shard_sets, config.data.train_split)
-    with_val = [shard_set for shard_set in shard_sets if config.data.val_split in shard_set.dataset["splits"]]
-    val_split = Split(with_val, config.data.val_split) if with_val else None
+    with_val = [i for i, s in enumerate(shard_sets) if config.data.val_split in s.dataset["splits"]]
+    val_split = Split([shard_sets[i] for i in with_val], config.data.val_split) if with_val else None
     neighbors = stored_neighbors(train_split, config.data.samplings)
     workers = worker_count(config.data.workers, world.local_size)
 
@@ -149,10 +149,20 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         return
 
     # What people see
+    stop = StopRequest()
+    validator = val_split and Validator(
+        split=val_split,
+        neighbors=stored_neighbors(val_split, [config.data.samplings[i] for i in with_val]),
+        data=config.data,
+        loss=config.loss,
+        precision=config.precision,
+        world=world,
+        workers=workers,
+        stop=stop,
+    )
     if former_config is not None and world.is_main:
-        names = scene_names(val_split, config.data) if val_split else []
-        validation = compared_plan(config.data, [shard_set.digest for shard_set in with_val])
-        keep_former_choices(out_dir, former_config, config, validation, names)
+        validation = validator.compared if validator else compared_plan(config.data, [])
+        keep_former_choices(out_dir, former_config, config, validation, validator.names if validator else [])
     total = config.total_steps
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=total, resumed=resumed)
     if state.step:
@@ -161,7 +171,6 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         reporter.say(change)
     if state.step >= total:
         reporter.say("it is finished: raise epochs or max_steps to continue, or give another out_dir")
-    stop = StopRequest()
     stop.listen()
     if world.is_main:
         if write_config(out_dir, config, keep_other=not resumed):
@@ -181,16 +190,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
         places=places,
         init_fingerprint=init_fingerprint,
         train_split=train_split,
-        validator=val_split
-        and Validator(
-            split=val_split,
-            data=config.data,
-            loss=config.loss,
-            precision=config.precision,
-            world=world,
-            workers=workers,
-            stop=stop,
-        ),
+        validator=validator,
         workers=workers,
         reporter=reporter,
         stop=stop,

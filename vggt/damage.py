@@ -8,6 +8,14 @@ import zlib
 from pathlib import Path
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is one of torch.save, perhaps a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its end is found, and makes no sense
+        return True
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a file of torch.save, by the CRCs in it, which torch.load does not look at; None: nothing.
 

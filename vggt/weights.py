@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vggt.config import HEADS, VGGTConfig
-from vggt.damage import damage
+from vggt.damage import damage, is_archive
 from vggt.lora import merge
 
 WEIGHT_FILES = ("model.safetensors", "model.pt")  # of a folder: the first that is there
@@ -51,11 +50,11 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
             return load_file(path), config
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
-    wrong = damage(path) if zipfile.is_zipfile(path) else None
+    wrong = damage(path) if is_archive(path) else None
     if wrong is not None:
         raise ValueError(f"{path}: not a readable checkpoint: damaged ({wrong}); copy it again")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except Exception as error:  # damaged pickles end in errors of many types
         # torch's own words are left out: some advise loading that may execute code.
         what = "truncated, no checkpoint, or more than tensors in it"

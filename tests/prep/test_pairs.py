@@ -166,7 +166,7 @@ def test_a_sequence_of_one_frame_has_no_neighbors(tmp_path, captures):
     source = ("--co3d-dir", captures / "co3d", "--annotation-dir", edited)
     done = vggt_prep("pack", *source, "--out", out, "--min-frames", 1)
     assert done.returncode == 0, done.stderr
-    assert "frames without another that is known to: 1" in done.stdout
+    assert "see the same as others; 1 with no other that is known to" in done.stdout
     opened = shards.open(out)
     assert [len(part) for part in Pairs(opened).neighbors(0)] == [0, 0]
 
@@ -321,5 +321,5 @@ def test_a_damaged_pairs_file_stops_neither_info_nor_preview_nor_the_look_at_the
     settings = (f"data.shards={copied}", "data.width=84", "data.views=[1, 1]", "max_img_per_gpu=4", "data.workers=0")
     done = run_command("python", "-m", "train.check_data", *settings, "--steps", 1, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "uniform sampling: two views overlap by nothing, as there is one view in a scene" in done.stdout
+    assert "uniform sampling: two views overlap by nothing: scenes have one view" in done.stdout
     assert "overlap sampling" not in done.stdout

@@ -21,7 +21,7 @@ from train.runtime.typed import Location, documented
 PATCH = 14  # image sides are multiples of it
 
 # Each use of randomness has a stream of its own, keyed (seed, use, counters).
-_SHAPE, _ORDER, _SCENE, _MIX = range(4)
+_SHAPE, _ORDER, _SCENE, _MIX, _VALIDATION = range(5)
 
 
 MOST_WEIGHT = 1e9
@@ -133,6 +133,10 @@ class DataConfig:
         return tuple(source.sampling or self.sampling for source in self.sources)
 
 
+# Of each set that is sampled by overlap: sequence, frame -> frames that overlap with it, best first, and how much.
+Neighbors = tuple[Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None, ...]
+
+
 @dataclass(frozen=True)
 class DataState:
     """Where the data is: the step to be drawn next, and the position in the stream of each shard set."""
@@ -190,7 +194,7 @@ class TrainingPlan:
     config: DataConfig
     lengths: tuple[np.ndarray, ...]
     streams: tuple[int, ...] | None = None
-    neighbors: tuple[Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None, ...] | None = None
+    neighbors: Neighbors | None = None
     seed: int
     max_img_per_gpu: int
     world_size: int
@@ -256,12 +260,13 @@ def _permutation(seed: int, stream: int, order: int, count: int) -> np.ndarray:
 
 
 def validation_plan(
-    config: DataConfig, lengths: tuple[np.ndarray, ...], rank: int, world_size: int
+    config: DataConfig, lengths: tuple[np.ndarray, ...], rank: int, world_size: int, neighbors: Neighbors | None = None
 ) -> tuple[list[Step], int]:
     """The scenes `rank` validates on, one a step: always the same, evenly spaced over all sets and in each sequence.
 
-    Also how many of them count: all ranks have equally many, as ranks that share a model must. If the scenes do not
-    divide evenly, some ranks repeat the first.
+    Of sets with neighbors, which are sampled by overlap, views that see the same: the others would say little.
+    Also how many of the scenes count: all ranks have equally many, as ranks that share a model must. If the scenes do
+    not divide evenly, some ranks repeat the first.
     """
     everything = [(source, number) for source, part in enumerate(lengths) for number in range(len(part))]
     chosen = np.linspace(0, len(everything) - 1, min(config.val_scenes, len(everything))).round().astype(int)
@@ -271,9 +276,15 @@ def validation_plan(
     steps = []
     for place in [*mine, *repeated]:
         source, sequence = everything[place]
-        # Without the very last: a turn-table often ends where it began.
-        views = min(config.val_views, int(lengths[source][sequence]))
-        frames = (np.arange(views) * lengths[source][sequence] / views).astype(int)
+        length = int(lengths[source][sequence])
+        views, stored = min(config.val_views, length), neighbors[source] if neighbors else None
+        if stored is None:
+            # Without the very last: a turn-table often ends where it began.
+            frames = (np.arange(views) * length / views).astype(int)
+        else:
+            rng = np.random.default_rng((_VALIDATION, sequence))
+            near = partial(stored, sequence)
+            frames = draw_overlapping(rng, near, length, views, config.overlap, config.spread)
         scene = Scene(source, sequence, tuple(map(int, frames)), None)
         steps.append(Step(StepShape(views, height, config.width), (scene,), DataState(0, ())))
     return steps, len(mine)

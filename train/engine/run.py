@@ -64,8 +64,7 @@ class Run:
 
     @property
     def _compared_plan(self) -> dict[str, Any]:
-        shard_sets = self.validator.split.shard_sets if self.validator else []
-        return compared_plan(self.config.data, [shard_set.digest for shard_set in shard_sets])
+        return self.validator.compared if self.validator else compared_plan(self.config.data, [])
 
     def train(self, state: DataState) -> Ending:
         """From `state` to the last step, or why not. Raises ValueError if it must not continue."""

@@ -19,11 +19,15 @@ VALIDATION_FILE = "validation.jsonl"
 Line = dict[str, Any]  # step, plan (see compared_plan) and scenes: [{scene: its name, metric: value or null, ...}]
 
 
-def compared_plan(data: DataConfig, digests: list[str]) -> dict[str, Any]:
-    """What two validations must have in common to be of the same scenes. digests: of the shard sets they are in."""
+def compared_plan(data: DataConfig, digests: list[str], pairs: Sequence[str | None] = ()) -> dict[str, Any]:
+    """What two validations must have in common to be of the same scenes.
+
+    digests: of the shard sets they are in; pairs: of those files of the sets whose views are drawn by overlap.
+    """
     values = asdict(data)
     plan = {key: values[key] for key in ("val_split", "val_scenes", "val_views", "val_aspect", "width")}
-    return plan | {"sets": digests}
+    drawn = {"pairs": list(pairs), "overlap": list(data.overlap), "spread": data.spread} if any(pairs) else {}
+    return plan | {"sets": digests} | drawn
 
 
 @dataclass(frozen=True)

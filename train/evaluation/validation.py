@@ -9,7 +9,8 @@ import numpy as np
 from torch import nn
 
 from train.data.plan import DataConfig, validation_plan
-from train.data.split import Split, sequence_name
+from train.data.split import Split, StoredNeighbors, sequence_name
+from train.evaluation.history import compared_plan
 from train.evaluation.metrics import scene_metrics
 from train.evaluation.predict import Metrics, predict, scene_name
 from train.evaluation.scene_result import SceneResult, scene_result
@@ -53,6 +54,7 @@ class Validator:
     """What a run validates on, and how."""
 
     split: Split
+    neighbors: tuple[StoredNeighbors | None, ...]
     data: DataConfig
     loss: LossConfig
     precision: Precision
@@ -65,6 +67,12 @@ class Validator:
         """The scenes of a validation, of all ranks."""
         return scene_names(self.split, self.data)
 
+    @property
+    def compared(self) -> dict[str, Any]:
+        """What another validation must have in common with this one's to be of the same scenes."""
+        pairs = [stored and stored.shard_set.pairs_digest for stored in self.neighbors]
+        return compared_plan(self.data, [shard_set.digest for shard_set in self.split.shard_sets], pairs)
+
     def validate(self, model: nn.Module) -> Validation | None:
         """The losses of training and all metrics on the validation plan; None if a signal asked to stop.
 
@@ -72,7 +80,7 @@ class Validator:
         """
         model.eval()
         world = self.world
-        steps, counted = validation_plan(self.data, self.split.lengths, world.rank, world.size)
+        steps, counted = validation_plan(self.data, self.split.lengths, world.rank, world.size, self.neighbors)
         mine: list[tuple[str, int, Metrics]] = []
         pictured: list[SceneResult] = []
         done = 0

@@ -85,10 +85,11 @@ def run_verdict(gains: list[int], *, seen: bool) -> str:
 def headline(results: dict[str, Any]) -> str:
     """What was evaluated on what, in a line."""
     protocol, counts = results["protocol"], results["sequences"]
+    drawn = "random frames" if protocol["views_from"] == "uniform" else "frames that see some of the same"
     return (
         f"{count(sum(counts.values()), 'sequence')} of {count(len(counts), 'category', 'categories')} "
         f"({protocol['split']} split), "
-        f"{protocol['views']} random frames of each, {protocol['width']} pixels wide, seed {protocol['seed']}"
+        f"{protocol['views']} {drawn} of each, {protocol['width']} pixels wide, seed {protocol['seed']}"
     )
 
 

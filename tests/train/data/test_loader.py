@@ -229,6 +229,7 @@ def test_a_sequence_without_a_usable_frame_is_left_out_of_a_validation_and_no_ot
     config = load_config(None, ["init=a", "precision=fp32", "data.width=56", "data.val_views=2"])
     alone = World(0, 1, 1, torch.device("cpu"))
     validator = Validator(
+        neighbors=(None,),
         split=broken,
         data=config.data,
         loss=config.loss,

@@ -23,7 +23,7 @@ from shards.index import DamagedIndexError
 from shards.pairs import Pairs
 from shards.schema import PAIRS_FILE
 from train.data.batches import TrainingSteps
-from train.data.plan import DataConfig, ShardSource, TrainingPlan
+from train.data.plan import DataConfig, ShardSource, TrainingPlan, validation_plan
 from train.data.split import Split, lonely_frames, stored_neighbors
 from train.data.views import draw_overlapping
 
@@ -136,6 +136,20 @@ def test_each_set_of_a_mix_may_be_sampled_in_its_own_way(shard_dir):
     assert outside > 0.9
     assert alone == 0
     assert lonely_frames(split, (None, None), (0.1, 0.9)) == (0, 0)
+
+
+def test_views_to_validate_on_see_the_same_where_training_draws_such(shard_dir):
+    split, plan = overlap_plan(shard_dir, overlap=(0.3, 0.9), val_views=4)
+    steps, _ = validation_plan(plan.config, split.lengths, 0, 1, plan.neighbors)
+    assert steps == validation_plan(plan.config, split.lengths, 0, 1, plan.neighbors)[0]
+    for step in steps:
+        (scene,) = step.scenes
+        assert len(set(scene.frames)) == 4
+        for i in range(1, 4):
+            near = partial(plan.neighbors[0], scene.sequence)
+            assert max(overlap_of(near, a, scene.frames[i]) for a in scene.frames[:i]) >= 0.3
+    evenly, _ = validation_plan(plan.config, split.lengths, 0, 1)
+    assert [step.scenes[0].frames for step in evenly] == [(0, 6, 12, 18)] * len(evenly)
 
 
 def test_a_set_without_pairs_is_refused_with_the_command_that_makes_them(captures, tmp_path):

@@ -78,6 +78,7 @@ def test_an_evaluation_says_it_in_its_table_results_and_page(shard_dir, exported
     assert sum(b["pairs"] for b in bins) == 7 * 6
     assert results["protocol"]["views_from"] == "overlap"
     said = capsys.readouterr().out
+    assert "4 frames that see some of the same of each" in said
     assert "overlap of two views" in said
     assert "views_from overlap instead of uniform" in said
     assert "pose AUC@30 by the overlap of two views" in (tmp_path / "report.html").read_text()
