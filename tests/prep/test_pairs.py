@@ -60,7 +60,7 @@ def room_walk(count):
 def found_of_best(views, rows, best=20):
     """The mean over some views of the fraction of its `best` true neighbors that its row holds; equals count."""
     found = []
-    for i in range(0, len(views), max(1, len(views) // 60)):
+    for i in range(0, len(views), max(1, len(views) // 40)):
         others = np.array([j for j in range(len(views)) if j != i])
         values = np.rint(views.overlaps(np.stack([np.full(len(others), i), others], axis=1)) * 255)
         best_values = np.sort(values)[::-1][: min(best, np.count_nonzero(values))]
@@ -68,7 +68,7 @@ def found_of_best(views, rows, best=20):
     return np.mean(found)
 
 
-@pytest.mark.parametrize(("count", "anchors"), [(100, 1024), (400, 1024), (600, 100)])
+@pytest.mark.parametrize(("count", "anchors"), [(100, 1024), (240, 1024), (300, 60)])
 def test_nearly_all_of_the_best_neighbors_are_found_without_measuring_all_pairs(count, anchors, monkeypatch):
     monkeypatch.setattr(packing_pairs, "ANCHORS", anchors)
     views = views_of(room_walk(count))

@@ -181,6 +181,7 @@ def test_a_damaged_row_ends_the_data_with_one_line(shard_dir, tmp_path):
         plan.step(plan.start(), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_damaged_row_that_one_rank_meets_saves_what_all_have_trained(shard_dir, tmp_path):
     copy = with_damaged_rows(shutil.copytree(shard_dir, tmp_path / "set"), [0])
