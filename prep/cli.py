@@ -202,8 +202,8 @@ def pairs_command(shard_set: Path, neighbors: int, workers: int) -> None:
     """Measure which frames of a shard set see the same, for data.sampling=overlap.
 
     For sets packed before November 2026 or with --no-pairs, and for another number of neighbors. Half of a frame's
-    neighbors are the best, the others are spread over the rest. The tars stay as they are. A run that uses the set is not
-    disturbed, unless it draws by overlap already and other numbers are made under it.
+    neighbors are the best, the others are spread over the rest. The tars stay as they are. A run that uses the set is
+    not disturbed, unless it draws by overlap already and other numbers are made under it.
 
     \b
     vggt-prep pairs data/shards
