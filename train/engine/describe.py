@@ -166,7 +166,7 @@ def _validations(config: TrainConfig, history: ValidationHistory, validated: Sha
     for name in HEADLINE_METRICS:
         found = compare(first["scenes"], last["scenes"], name)
         if found is not None:
-            gains.append(found.gain)
+            gains.append(None if found.change.low is None else found.gain)
             change = describe_change(name, found.before, found.after, asdict(found.change))
             text.append(f"  {change}  ({metric_of(name).meaning})")
     text.append(run_verdict(gains, seen=validated.any or bool(validated.unknown)))

@@ -66,8 +66,10 @@ def describe_change(name: str, before: float, after: float, change: Mapping[str,
     return f"{values}, {'better' if better else 'WORSE'} beyond the noise ({interval})"
 
 
-def run_verdict(gains: list[int], *, seen: bool) -> str:
-    """What the gains of a run's metrics (1, 0 or -1 each) mean, and what to do."""
+def run_verdict(gains: list[int | None], *, seen: bool) -> str:
+    """What the gains of a run's metrics (1, 0 or -1 each; None: too few scenes to tell) mean, and what to do."""
+    if all(gain is None for gain in gains):
+        return f"Whether it got better cannot be told: validate on at least {MIN_SCENES} scenes."
     better, worse = gains.count(1), gains.count(-1)
     if not better and not worse:
         return "Nothing changed beyond the noise: train for longer, or validate on more scenes or captures."
