@@ -104,7 +104,7 @@ eval: shards
 	  $(if $(INIT),--checkpoint "$$INIT",--with-init) --checkpoint "$$trained" --out "runs/$$RUN/eval" "$$@" $(ARGS)
 
 test: .venv/installed-dev
-	@$(BIN)/pytest -m "not slow" --numprocesses $$(nproc | awk '{print $$1 < 4 ? $$1 + 1 : 4}') --dist loadfile
+	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/installed-dev
 	@$(BIN)/pytest -m slow
