@@ -61,11 +61,11 @@ def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
         return view, sift.detectAndCompute(view.image, None)
 
     @cache
-    def guessed_views() -> tuple[np.ndarray, Views]:
+    def guessed_views() -> tuple[np.ndarray, Views | None]:
         some = np.unique(np.linspace(0, len(frames) - 1, MOST_GUESSED).round().astype(int))
         sized = {int(i): _sized(frames[i], size_of_cameras()) for i in some}
         usable = [i for i, view in sized.items() if np.isfinite(view.extrinsics).all()]
-        return np.array(usable), views_of(sized[i] for i in usable)
+        return np.array(usable), views_of(sized[i] for i in usable) if usable else None
 
     @cache
     def size_of_cameras() -> tuple[int, int]:
@@ -83,6 +83,8 @@ def matched_pairs(frames: list[Frame]) -> tuple[list[Pair], int, Counter[str]]:
             yield min(number + gap, len(frames) - 1)
             gap //= 2
         some, views = guessed_views()
+        if views is None:
+            return
         nearest = int(np.abs(some - number).argmin())
         others = np.delete(np.arange(len(some)), nearest)
         overlaps = views.overlaps(np.stack([np.full(len(others), nearest), others], axis=1))

@@ -53,6 +53,11 @@ class View:
         self.map = shrunk(depth, step).astype(np.float32) * np.float32(depth_scale)
         self.has_depth = bool((self.map > 0).any())
 
+    @property
+    def center(self) -> np.ndarray:
+        """Of the camera, in the world [3]."""
+        return -self.extrinsics[:, :3].T @ self.extrinsics[:, 3]
+
     def some_pixels(self) -> np.ndarray:
         """Up to POINTS known pixels, evenly over the image, as places in the flat map; if none is known, any."""
         order = spread_order(self.shape)
@@ -164,8 +169,7 @@ def views_of(views: Iterable[View]) -> Views:
     """The views of one scene, with the tolerance that the noise of its depths asks for."""
     views = list(views)
     guesses = np.empty(0) if all(view.has_depth for view in views) else _guessed_depths(views)
-    centers = np.array([-view.extrinsics[:, :3].T @ view.extrinsics[:, 3] for view in views])
-    origin = np.median(centers, axis=0)  # float32 is exact enough about it
+    origin = np.median([view.center for view in views], axis=0)  # float32 is exact enough about it
     rotations = np.array([view.extrinsics[:, :3] for view in views])
     bounds = [_neighborhood(view.map) for view in views]
     made = Views(
@@ -242,7 +246,7 @@ def _guessed_depths(views: list[View]) -> np.ndarray:
 
 def _typical_depth(views: list[View]) -> float:
     """How far before the cameras their axes meet; if they do not, in proportion to the cameras' distances."""
-    centers = np.array([-view.extrinsics[:, :3].T @ view.extrinsics[:, 3] for view in views])
+    centers = np.array([view.center for view in views])
     axes = np.array([view.extrinsics[2, :3] for view in views])
     some = np.unique(np.linspace(0, len(views) - 1, TRIED_AXES).round().astype(int))
     between = centers[some][None] - centers[some][:, None]  # [a, b, 3]: from a to b

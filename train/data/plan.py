@@ -134,7 +134,7 @@ class DataConfig:
 
 
 # Of each set that is sampled by overlap: sequence, frame -> frames that overlap with it, best first, and how much.
-Neighbors = tuple[Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None, ...]
+NeighborsBySet = tuple[Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class TrainingPlan:
     config: DataConfig
     lengths: tuple[np.ndarray, ...]
     streams: tuple[int, ...] | None = None
-    neighbors: Neighbors | None = None
+    neighbors: NeighborsBySet | None = None
     seed: int
     max_img_per_gpu: int
     world_size: int
@@ -260,7 +260,11 @@ def _permutation(seed: int, stream: int, order: int, count: int) -> np.ndarray:
 
 
 def validation_plan(
-    config: DataConfig, lengths: tuple[np.ndarray, ...], rank: int, world_size: int, neighbors: Neighbors | None = None
+    config: DataConfig,
+    lengths: tuple[np.ndarray, ...],
+    rank: int,
+    world_size: int,
+    neighbors: NeighborsBySet | None = None,
 ) -> tuple[list[Step], int]:
     """The scenes `rank` validates on, one a step: always the same, evenly spaced over all sets and in each sequence.
 
