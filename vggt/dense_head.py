@@ -12,6 +12,8 @@ from vggt.memory import map_frames
 POSITION_SCALE = 0.1
 POSITION_BASE = 100.0
 
+Code = tuple[Tensor, Tensor]  # of the columns of a map and of its rows, see position_code
+
 
 class ResidualUnit(nn.Module):
     """conv(relu(conv(relu(x)))) + relu(x) on [N, C, h, w]: the published skip carries relu(x), not x."""
@@ -65,15 +67,14 @@ class Scratch(nn.Module):
 class DPT(nn.Module):
     """Fuses the tokens of four depths of the trunk into one feature map a view.
 
-    features: channels of the fusion; out_channels: of the map; code_position: whether to add position codes.
+    features: channels of the fusion; out_channels: of the map.
     """
 
-    def __init__(self, config: VGGTConfig, features: int, out_channels: int, *, code_position: bool) -> None:
+    def __init__(self, config: VGGTConfig, features: int, out_channels: int) -> None:
         super().__init__()
         dim, channels = 2 * config.embed_dim, config.dense_channels
         self.patch_size = config.patch_size
         self.chunk = config.head_chunk
-        self.code_position = code_position
         self.norm = nn.LayerNorm(dim)
         self.projects = nn.ModuleList(nn.Conv2d(dim, c, 1) for c in channels)
         self.resize_layers = nn.ModuleList(
@@ -86,14 +87,22 @@ class DPT(nn.Module):
         )
         self.scratch = Scratch(channels, features, out_channels)
 
-    def fuse(self, tokens: list[Tensor], height: int, width: int, size: tuple[int, int]) -> Tensor:
-        """Four [N, P, 2 * dim], the patches last, of images of height x width -> a map [N, out_channels, *size]."""
-        rows, columns = height // self.patch_size, width // self.patch_size
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        return height // self.patch_size, width // self.patch_size
+
+    def fuse(
+        self, tokens: list[Tensor], grid: tuple[int, int], size: tuple[int, int], codes: list[Code] | None = None
+    ) -> Tensor:
+        """Four [N, P, 2 * dim], the patches last, of images of `grid` patches -> a map [N, out_channels, *size].
+
+        codes: of position, to add to what each of the four is projected to.
+        """
         levels = []
-        for x, project, resize_layer in zip(tokens, self.projects, self.resize_layers, strict=True):
-            x = self.norm(x[:, -rows * columns :]).transpose(1, 2).unflatten(2, (rows, columns))
-            x = project(x)  # [N, channels, rows, columns]
-            levels.append(resize_layer(add_position(x, width / height) if self.code_position else x))
+        for i, (x, project, resize_layer) in enumerate(zip(tokens, self.projects, self.resize_layers, strict=True)):
+            x = self.norm(x[:, -grid[0] * grid[1] :]).transpose(1, 2).unflatten(2, grid)
+            x = project(x)  # [N, channels, *grid]
+            levels.append(resize_layer(x if codes is None else add_position(x, codes[i])))
         s = self.scratch
         rn = (s.layer1_rn, s.layer2_rn, s.layer3_rn, s.layer4_rn)
         skips = [layer(x) for layer, x in zip(rn, levels, strict=True)]
@@ -109,7 +118,8 @@ class DenseHead(DPT):
 
     def __init__(self, config: VGGTConfig, outputs: int) -> None:
         features = config.dense_features
-        super().__init__(config, features, features // 2, code_position=True)
+        super().__init__(config, features, features // 2)
+        self.code_channels = (*config.dense_channels, features // 2)
         self.scratch.output_conv2 = nn.Sequential(
             nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, outputs, 1)
         )
@@ -120,10 +130,16 @@ class DenseHead(DPT):
         Returns [B, S, H, W, outputs - 1] and [B, S, H, W], before their activations. Frames do not see each
         other here, so they pass in chunks: the full-resolution maps are the largest tensors of the model.
         """
+        grid, size = self.grid(height, width), (height, width)
+        # Once for all chunks: of what a chunk launches they would be most.
+        *codes, last = (
+            position_code(*(size if i == 4 else grid), channels, width / height, tokens[0].device)
+            for i, channels in enumerate(self.code_channels)
+        )
 
         def maps_of(part: list[Tensor]) -> Tensor:  # four [N, P, 2 * dim] -> [N, H, W, outputs]
-            x = self.fuse([t.float() for t in part], height, width, (height, width))
-            return self.scratch.output_conv2(add_position(x, width / height)).permute(0, 2, 3, 1)
+            x = self.fuse([t.float() for t in part], grid, size, codes)
+            return self.scratch.output_conv2(add_position(x, last)).permute(0, 2, 3, 1)
 
         b, s = tokens[0].shape[:2]
         # In float32 whatever the autocast outside: exp() of the outputs leaves no room for bf16.
@@ -137,23 +153,25 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-def add_position(x: Tensor, aspect: float) -> Tensor:
-    """Adds a sine-cosine code of each pixel's place to [N, C, h, w]; aspect = image width / height.
+def add_position(x: Tensor, code: Code) -> Tensor:
+    """Adds the code of each pixel's place to [N, C, h, w]: of half the channels its column, of half its row."""
+    h, w = x.shape[-2:]
+    return x + torch.cat([code[0][:, None, :].expand(-1, h, -1), code[1][:, :, None].expand(-1, -1, w)])
 
-    Half the channels code x, half y, so two short tables are enough: no map of [C, h, w] is made.
+
+def position_code(h: int, w: int, channels: int, aspect: float, device: torch.device) -> Code:
+    """Sines and cosines of columns [C/2, w] and rows [C/2, h]; aspect = image width / height.
+
+    Two short tables in place of a map [C, h, w], which is as large as what it is added to.
     """
-    _, channels, h, w = x.shape
     norm = (aspect**2 + 1) ** 0.5
-    code_x = axis_code(w, aspect / norm, channels // 2, x)  # [C/2, w]
-    code_y = axis_code(h, 1 / norm, channels // 2, x)  # [C/2, h]
-    code = torch.cat([code_x[:, None, :].expand(-1, h, -1), code_y[:, :, None].expand(-1, -1, w)])
-    return x + POSITION_SCALE * code
+    return axis_code(w, aspect / norm, channels // 2, device), axis_code(h, 1 / norm, channels // 2, device)
 
 
-def axis_code(n: int, span: float, channels: int, like: Tensor) -> Tensor:
-    """Sines, then cosines, of n pixel centers spread over (-span, span): [channels, n], as `like`."""
+def axis_code(n: int, span: float, channels: int, device: torch.device) -> Tensor:
+    """Sines, then cosines, of n pixel centers spread over (-span, span): [channels, n], in float32."""
     edge = span * (n - 1) / n
-    place = torch.linspace(-edge, edge, n, device=like.device, dtype=torch.float32).double()
-    exponent = torch.arange(channels // 2, device=like.device, dtype=torch.float64) / (channels // 2)
+    place = torch.linspace(-edge, edge, n, device=device, dtype=torch.float32).double()
+    exponent = torch.arange(channels // 2, device=device, dtype=torch.float64) / (channels // 2)
     angle = POSITION_BASE ** -exponent[:, None] * place
-    return torch.cat([angle.sin(), angle.cos()]).to(like.dtype)
+    return POSITION_SCALE * torch.cat([angle.sin(), angle.cos()]).float()

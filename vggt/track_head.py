@@ -47,14 +47,12 @@ class FeatureExtractor(DPT):
     """The dense head's fusion, at 1 / STRIDE of the resolution."""
 
     def __init__(self, config: VGGTConfig) -> None:
-        super().__init__(config, config.track_features, config.track_features, code_position=False)
+        super().__init__(config, config.track_features, config.track_features)
 
     def forward(self, tokens: list[Tensor], height: int, width: int) -> Tensor:
         """Tokens of four pairs, each [B, S, P, 2 * dim] -> feature maps [B, S, C, H / STRIDE, W / STRIDE]."""
-        size = (height // STRIDE, width // STRIDE)
-        maps = map_frames(
-            lambda part: self.fuse(part, height, width, size), [t.flatten(0, 1) for t in tokens], self.chunk
-        )
+        grid, size = self.grid(height, width), (height // STRIDE, width // STRIDE)
+        maps = map_frames(lambda part: self.fuse(part, grid, size), [t.flatten(0, 1) for t in tokens], self.chunk)
         return maps.unflatten(0, tokens[0].shape[:2])
 
 

@@ -71,7 +71,8 @@ def train_step(
     norms = clip_gradients(unwrap(model), config.optim.clip)
     finite = torch.stack([terms["loss_objective"], *norms.values()]).isfinite().all()
     # The step's only wait for the device, and the only all-reduce beside those of gradients and (fsdp) their norms.
-    flags = torch.stack([~finite, *torch.tensor([stop, abandon, bad, tried]).to(finite.device)]).double()
+    told = (finite.new_full((), float(value), dtype=torch.float64) for value in (stop, abandon, bad, tried))
+    flags = torch.stack([(~finite).double(), *told])  # filled on the device: a copy from here would wait for it, too
     broken, stops, abandoned, all_bad, all_tried = world.sum(flags).tolist()
     if not broken and not abandoned:
         optimizer.step()

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-LUMA = (0.2989, 0.587, 0.114)
+LUMA = (0.2989, 0.587, 0.114)  # numbers, as all constants here: a tensor would have to be moved, and waited for
 
 
 def apply_color_jitter(images: Tensor, color: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] with the jitter of each [N, 9]; `color` stays on the CPU, so nothing syncs."""
-    operations: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (brightness, contrast, saturation, hue)
-    if not ((color[:, 4:8] >= 0).any() or color[:, 8].any()):
-        return images
-    images = images.clone()
+    """Images [N, 3, H, W] in [0, 1] with the jitter of each [N, 9].
+
+    `color` stays on the CPU, so that the host knows which images each operation is for. What the device needs of that
+    goes there at once.
+    """
+    values = color.numpy()
+    groups: list[tuple[Operation, np.ndarray, np.ndarray]] = []  # with the images it is for, and how much
     for turn in range(4):
-        for i, operation in enumerate(operations):
-            chosen = torch.nonzero(color[:, 4 + i] == turn)[:, 0]
-            if len(chosen):
-                amount = color[chosen, i].to(images.device, non_blocking=True)[:, None, None, None]
-                chosen = chosen.to(images.device, non_blocking=True)
-                images[chosen] = operation(images[chosen], amount)
-    chosen = torch.nonzero(color[:, 8])[:, 0].to(images.device, non_blocking=True)
-    if len(chosen):
-        images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)
+        for i, operation in enumerate((brightness, contrast, saturation, hue)):
+            chosen = np.flatnonzero(values[:, 4 + i] == turn)
+            groups.append((operation, chosen, values[chosen, i]))
+    chosen = np.flatnonzero(values[:, 8])
+    groups.append((saturation, chosen, np.zeros(len(chosen), values.dtype)))  # gray
+    groups = [group for group in groups if len(group[1])]
+    if not groups:
+        return images
+    sizes = [len(chosen) for _, chosen, _ in groups]
+    places, amounts = (
+        torch.from_numpy(np.concatenate([group[k] for group in groups])).to(images.device, non_blocking=True)
+        for k in (1, 2)
+    )
+    images = images.clone()
+    for (operation, _, _), place, amount in zip(groups, places.split(sizes), amounts.split(sizes), strict=True):
+        images[place] = operation(images[place], amount[:, None, None, None])
     return images
 
 
 def gray(images: Tensor) -> Tensor:
     """[N, 3, H, W] -> [N, 1, H, W]."""
-    return (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    r, g, b = images.split(1, dim=1)
+    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
 
 
 def blend(images: Tensor, other: Tensor, amount: Tensor) -> Tensor:
@@ -61,6 +72,8 @@ def hue(images: Tensor, amount: Tensor) -> Tensor:
     )
     sector = sector + 6 * amount[:, 0]
     # Channel n of RGB from hue, chroma and value: value - chroma * max(0, min(k, 4 - k, 1)), k = (n + sector) mod 6.
-    offsets = images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    k = (offsets + sector[:, None]) % 6
+    k = torch.stack([n + sector for n in (5, 3, 1)], dim=1) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+Operation = Callable[[Tensor, Tensor], Tensor]

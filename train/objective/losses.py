@@ -68,9 +68,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Counts over a rank's whole batch, as tensors on the device."""
+    """Counts over a rank's whole batch; those of pixels are tensors on the device."""
 
-    views: Tensor
+    views: int
     scaled_views: Tensor  # of the scenes with a defined scale
     valid: Tensor  # pixels
     gate: Tensor  # 1.0 if there are enough valid pixels, else 0.0
@@ -81,13 +81,13 @@ class Normalizer:
 
 def normalizer_of(batch: Batch, config: LossConfig) -> Normalizer:
     mask = batch["mask"]  # [B, S, H, W]
-    views = mask.shape[1]
+    scenes, views = mask.shape[:2]
     valid = mask.sum()
     normals = []
     if config.point > 0 and config.point_gradient == "normal":
         normals = [normal_masks(subsample(mask, s)).sum().clamp(min=1) for s in range(NORMAL_SCALES)]
     return Normalizer(
-        views=valid.new_tensor(mask.shape[0] * views),
+        views=scenes * views,
         scaled_views=(batch["has_scale"].sum() * views).clamp(min=1),
         valid=valid.clamp(min=1),
         gate=(valid >= MIN_VALID).float(),
@@ -128,23 +128,20 @@ def losses(predictions: dict[str, Any], batch: Batch, normalizer: Normalizer, co
 
 
 def camera_loss(encodings: list[Tensor], batch: Batch, normalizer: Normalizer, config: LossConfig) -> dict[str, Tensor]:
-    """Encodings of each iteration [B, S, 9] against the true cameras: loss_camera, loss_T, loss_R, loss_FL."""
+    """Encodings of each of R iterations [B, S, 9] against the true cameras: loss_camera, loss_T, loss_R, loss_FL."""
     height, width = batch["images"].shape[-2:]
     truth = encode_pose(batch["extrinsics"], batch["intrinsics"], height, width)
-    scaled = batch["has_scale"][:, None]  # [B, 1]
-    zero = torch.zeros((), device=truth.device)
-    totals: dict[str, Tensor] = {"loss_T": zero, "loss_R": zero, "loss_FL": zero}
-    for i, encoding in enumerate(encodings):
-        weight = ITERATION_DECAY ** (len(encodings) - 1 - i) / len(encodings)
-        error = encoding - truth
-        for name, part in (("loss_T", slice(0, 3)), ("loss_R", slice(3, 7)), ("loss_FL", slice(7, 9))):
-            group = error[..., part]
-            view = group.abs() if config.camera_norm == "l1" else group.norm(dim=-1, keepdim=True)
-            count = normalizer.views
-            if name == "loss_T":
-                view = torch.where(scaled[..., None], view.clamp(max=MAX_ERROR), 0)
-                count = normalizer.scaled_views
-            totals[name] = totals[name] + weight * view.mean(-1).sum() / count
+    error = torch.stack(encodings) - truth  # [R, B, S, 9]
+    rounds = len(encodings)
+    weights = ITERATION_DECAY ** torch.arange(rounds - 1, -1, -1, device=truth.device) / rounds
+    totals: dict[str, Tensor] = {}
+    for name, part in (("loss_T", slice(0, 3)), ("loss_R", slice(3, 7)), ("loss_FL", slice(7, 9))):
+        group, count = error[..., part], normalizer.views
+        view = group.abs() if config.camera_norm == "l1" else group.norm(dim=-1, keepdim=True)
+        if name == "loss_T":
+            view = torch.where(batch["has_scale"][:, None, None], view.clamp(max=MAX_ERROR), 0)
+            count = normalizer.scaled_views
+        totals[name] = (view.mean(-1).sum((1, 2)) * weights).sum() / count
     total = totals["loss_T"] + totals["loss_R"] + FOV_WEIGHT * totals["loss_FL"]
     return {"loss_camera": total} | totals
 
