@@ -132,7 +132,7 @@ def read_plainly(frame: Frame, shape: tuple[int, int]) -> None:
     v, u = np.mgrid[: shape[0], : shape[1]]
     camera = np.stack([(u - k[0, 2]) / k[0, 0] * depth, (v - k[1, 2]) / k[1, 1] * depth, depth], axis=-1)
     (camera - extrinsics[:, 3]) @ extrinsics[:, :3]
-    jitter = torch.tensor([[1.2, 0.8, 1.3, 0.05, 0, 1, 2, 3, 0]])  # brightness, contrast, saturation, hue
+    jitter = np.array([[1.2, 0.8, 1.3, 0.05, 0, 1, 2, 3, 0]], dtype=np.float32)  # brightness, contrast, saturation, hue
     apply_color_jitter(torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1)[None] / 255), jitter)
 
 

@@ -11,20 +11,18 @@ from torch import Tensor
 LUMA = (0.2989, 0.587, 0.114)  # numbers, as all constants here: a tensor would have to be moved, and waited for
 
 
-def apply_color_jitter(images: Tensor, color: Tensor) -> Tensor:
+def apply_color_jitter(images: Tensor, color: np.ndarray) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] with the jitter of each [N, 9].
 
-    `color` stays on the CPU, so that the host knows which images each operation is for. What the device needs of that
-    goes there at once.
+    The host knows which images each operation is for; what the device needs of that goes there at once.
     """
-    values = color.numpy()
     groups: list[tuple[Operation, np.ndarray, np.ndarray]] = []  # with the images it is for, and how much
     for turn in range(4):
         for i, operation in enumerate((brightness, contrast, saturation, hue)):
-            chosen = np.flatnonzero(values[:, 4 + i] == turn)
-            groups.append((operation, chosen, values[chosen, i]))
-    chosen = np.flatnonzero(values[:, 8])
-    groups.append((saturation, chosen, np.zeros(len(chosen), values.dtype)))  # gray
+            chosen = np.flatnonzero(color[:, 4 + i] == turn)
+            groups.append((operation, chosen, color[chosen, i]))
+    chosen = np.flatnonzero(color[:, 8])
+    groups.append((saturation, chosen, np.zeros(len(chosen), color.dtype)))  # gray
     groups = [group for group in groups if len(group[1])]
     if not groups:
         return images
@@ -35,7 +33,8 @@ def apply_color_jitter(images: Tensor, color: Tensor) -> Tensor:
     )
     images = images.clone()
     for (operation, _, _), place, amount in zip(groups, places.split(sizes), amounts.split(sizes), strict=True):
-        images[place] = operation(images[place], amount[:, None, None, None])
+        changed = operation(images.index_select(0, place), amount.view(-1, 1, 1, 1))
+        images.index_copy_(0, place, changed)
     return images
 
 

@@ -28,12 +28,12 @@ def prepare(batch: dict[str, Any], device: torch.device, with_points: bool) -> B
 
     A scene without a defined scale has an empty mask: it supervises rotation and field of view only.
     """
-    color = batch["color_jitter"].flatten(0, 1)
+    color = batch["color_jitter"].numpy()
     batch = {
         k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor) and k != "color_jitter"
     }
     images = batch["images"].float() / 255
-    images = apply_color_jitter(images.flatten(0, 1), color).view_as(images)
+    images = apply_color_jitter(images.flatten(0, 1), color.reshape(-1, color.shape[-1])).view_as(images)
     depth = batch["depth"].float() * batch["depth_scale"][..., None, None]
     mask = depth > 0
     intrinsics = batch["intrinsics"].float()

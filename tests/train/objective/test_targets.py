@@ -87,7 +87,7 @@ def test_color_jitter_equals_an_independent_implementation():
     color[5, 8] = 1  # one of them gray
     images = rng.random((24, 3, 6, 7), dtype=np.float32)
     images[:, :, 0] = images[:, :1, 0]  # gray pixels, whose hue is undefined
-    found = apply_color_jitter(torch.from_numpy(images), torch.from_numpy(color)).numpy().transpose(0, 2, 3, 1)
+    found = apply_color_jitter(torch.from_numpy(images), color).numpy().transpose(0, 2, 3, 1)
     for i in range(24):
         expected = reference_jitter(images[i].transpose(1, 2, 0).astype(float), color[i])
         assert np.abs(found[i] - expected).max() < 2 / 255
@@ -95,7 +95,7 @@ def test_color_jitter_equals_an_independent_implementation():
 
 def test_no_jitter_leaves_images_alone():
     images = torch.rand(3, 3, 4, 5)
-    assert torch.equal(apply_color_jitter(images, torch.from_numpy(no_color_jitter(3))), images)
+    assert torch.equal(apply_color_jitter(images, no_color_jitter(3)), images)
 
 
 def test_jitter_serves_whole_scenes_in_seven_of_ten():
