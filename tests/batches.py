@@ -11,12 +11,12 @@ from vggt import VGGT, preset
 NO_QUANTILE = ["model.preset=tiny", "model.freeze=[]", "precision=fp32", "loss.valid_range=0", "loss.point=1"]
 
 
-def make_batch(scenes, views=2, seed=0):
+def make_batch(scenes, views=2, seed=0, height=42, width=56):
     """A batch as train.objective.targets makes it, of nothing in particular."""
     g = torch.Generator().manual_seed(seed)
     rotation = torch.linalg.qr(torch.randn(scenes, views, 3, 3, generator=g)).Q
     k = torch.tensor([[60.0, 0, 28], [0, 60, 20], [0, 0, 1]]).expand(scenes, views, 3, 3)
-    shape = (scenes, views, 42, 56)
+    shape = (scenes, views, height, width)
     return {
         "images": torch.rand(scenes, views, 3, *shape[2:], generator=g),
         "extrinsics": torch.cat([rotation, torch.randn(scenes, views, 3, 1, generator=g)], dim=-1),

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_COMPILED = 64  # versions of a block
+
 
 class Mlp(nn.Module):
     """Linear, exact GELU, linear: [..., dim] -> [..., out]."""
@@ -86,7 +88,12 @@ class Block(nn.Module):
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile a model's transformer blocks in place: they do most of its work and are all alike."""
+    """Compile a model's transformer blocks in place: they do most of its work and are all alike.
+
+    Each kind of block is compiled for a batch of one and for larger ones, with and without gradients and autocast:
+    more often than torch's limit, beyond which it goes on without a word, uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = MAX_COMPILED
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)
