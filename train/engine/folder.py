@@ -26,7 +26,17 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = {
     *("init", "out_dir", "epochs", "max_steps", "accum_steps", "strategy", "compile"),
     *("model.head_chunk", "model.recompute", "model.aggregator_dtype"),
-    *("val_every", "val_at", "guard", "log_every", "max_skipped", "data.shards", "data.workers", "data.max_bad"),
+    *(
+        "val_every",
+        "val_at",
+        "guard",
+        "log_every",
+        "profile_steps",
+        "max_skipped",
+        "data.shards",
+        "data.workers",
+        "data.max_bad",
+    ),
     *("data.allow_shared_frames", "data.val_split", "data.val_scenes", "data.val_views", "data.val_aspect"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone", "checkpoint.best"),
 }

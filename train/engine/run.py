@@ -32,6 +32,7 @@ from train.report.logger import Reporter
 from train.report.pictures import SHEET_FILE, contact_sheet, save_picture
 from train.report.words import describe_harm, describe_metrics
 from train.runtime.distributed import World
+from train.runtime.profiler import StepProfiler, part
 from train.runtime.stop import StopRequest
 from vggt.model import VGGT
 
@@ -78,14 +79,20 @@ class Run:
         if is_validation_step(config, state.step) and (ending := self._validate(state)):
             return ending
         window, tally = Window(), Tally(config, world)
+        profiled = config.profile_steps if world.is_main else 0
+        profiler = StepProfiler(profiled, self.model, world.device, self.out_dir)
         while state.step < total:
-            began = time.perf_counter()
-            raw = next_batch(batches, self.stop)
-            waited = time.perf_counter() - began
-            if not isinstance(raw, dict):
-                self._abandon_step(state)
-                return self._end_early(state, self._problem_of_any(raw))
-            outcome, lr = self._take_step(raw)
+            with profiler.step():
+                began = time.perf_counter()
+                with part("waiting for data"):
+                    raw = next_batch(batches, self.stop)
+                waited = time.perf_counter() - began
+                if not isinstance(raw, dict):
+                    self._abandon_step(state)
+                    return self._end_early(state, self._problem_of_any(raw))
+                outcome, lr = self._take_step(raw)
+            if words := profiler.report():
+                reporter.say(words)
             if outcome.abandoned:
                 return self._end_early(state, self._problem_of_any(None))
             state, step = raw["after"], raw["after"].step
@@ -106,6 +113,8 @@ class Run:
                 self._save(state)
             if is_validation_step(config, step) and (ending := self._validate(state)):
                 return ending
+        if profiler.missing:
+            reporter.say(f"profile_steps={profiled}: the run ended {profiler.missing} steps before there was a profile")
         if tally.bad:
             reporter.say(f"{tally.bad} of {tally.tried} frames were damaged and replaced: {tally.files}")
         return "finished"
@@ -116,7 +125,8 @@ class Run:
         lr = set_lr(self.optimizer, config.optim, step - 1, config.total_steps)
         counts = {"bad": sum(raw["bad"].values()), "tried": raw["tried"]}
         with explain_oom(raw["images"], config, self.world, step):
-            batch = prepare(raw, self.world.device, with_points=config.loss.point > 0)
+            with part("data, on the device"):
+                batch = prepare(raw, self.world.device, with_points=config.loss.point > 0)
             stop = self.stop.asked
             return train_step(self.shared, self.optimizer, batch, config, self.world, stop=stop, **counts), lr
 

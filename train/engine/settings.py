@@ -98,6 +98,9 @@ class TrainConfig:
         "if a validation is worse than the first beyond the noise: warn, stop (if one metric is, twice in a row), off",
     )
     log_every: int = documented(10, "steps that a log line averages over")
+    profile_steps: int = documented(
+        0, "steps to say of where their time goes, and then a trace, in out_dir/profile; 0: none"
+    )
     max_skipped: int = documented(
         20, "steps in a row that may be skipped because a loss or gradient is not finite; then the run stops"
     )
@@ -113,8 +116,8 @@ class TrainConfig:
         for name in ("epochs", "steps_per_epoch", "max_img_per_gpu", "accum_steps", "val_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63 or self.max_skipped < 0:  # torch takes no more
-            raise ValueError("seed and max_skipped: expected at least 0, and the seed less than 2^63")
+        if not 0 <= self.seed < 2**63 or min(self.max_skipped, self.profile_steps) < 0:  # torch takes no more
+            raise ValueError("seed, max_skipped, profile_steps: expected at least 0, and the seed less than 2^63")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, or null for epochs, found {self.max_steps}")
         if self.max_img_per_gpu < self.data.views[1]:

@@ -14,6 +14,7 @@ from train.objective.losses import losses, normalizer_of
 from train.objective.targets import Batch
 from train.runtime.distributed import World
 from train.runtime.precision import autocast
+from train.runtime.profiler import part
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
         with gradient_sync(model, i == len(bounds) - 1):
             with autocast(config.precision, chunk["images"].device):
                 predictions = model(chunk["images"], matching=config.loss.match > 0)
-            terms = losses(predictions, chunk, normalizer, config.loss)
-            terms["loss_objective"].backward()
+            with part("losses"):
+                terms = losses(predictions, chunk, normalizer, config.loss)
+            with part("backward"):
+                terms["loss_objective"].backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value.detach()
     return totals
@@ -68,13 +71,15 @@ def train_step(
     this rank's; the outcome's are over all ranks.
     """
     terms = forward_backward(model, batch, config)
-    norms = clip_gradients(unwrap(model), config.optim.clip)
+    with part("clipping"):
+        norms = clip_gradients(unwrap(model), config.optim.clip)
     finite = torch.stack([terms["loss_objective"], *norms.values()]).isfinite().all()
     # The step's only wait for the device, and the only all-reduce beside those of gradients and (fsdp) their norms.
     told = (finite.new_full((), float(value), dtype=torch.float64) for value in (stop, abandon, bad, tried))
     flags = torch.stack([(~finite).double(), *told])  # filled on the device: a copy from here would wait for it, too
     broken, stops, abandoned, all_bad, all_tried = world.sum(flags).tolist()
     if not broken and not abandoned:
-        optimizer.step()
+        with part("optimizer"):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(terms, norms, not broken, stops > 0, abandoned > 0, int(all_bad), int(all_tried))

@@ -28,8 +28,8 @@ def apply_color_jitter(images: Tensor, color: np.ndarray) -> Tensor:
         return images
     sizes = [len(chosen) for _, chosen, _ in groups]
     places, amounts = (
-        torch.from_numpy(np.concatenate([group[k] for group in groups])).to(images.device, non_blocking=True)
-        for k in (1, 2)
+        torch.from_numpy(np.concatenate(parts)).to(images.device, non_blocking=True)
+        for parts in ([chosen for _, chosen, _ in groups], [amount for _, _, amount in groups])
     )
     images = images.clone()
     for (operation, _, _), place, amount in zip(groups, places.split(sizes), amounts.split(sizes), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -72,6 +73,31 @@ def test_a_run_leaves_everything_that_is_promised(whole_run):
         "CO3D_DIR",
     ):
         assert words in said
+
+
+def test_a_profile_says_where_the_time_of_steps_goes_and_changes_nothing(shard_dir, whole_run, tmp_path):
+    out = tmp_path / "run"
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=8", "steps_per_epoch=4", "profile_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert metrics(out) == metrics(whole_run[0])
+    table = (out / "profile" / "table.txt").read_text()
+    assert table in done.stdout
+    whole = float(re.search(r"a step takes ([0-9.]+) s, on average over 3", table)[1])
+    parts = dict(re.findall(r"^  (.+?) +([0-9.]+) s +[0-9]+%$", table, re.MULTILINE))
+    heads = ("aggregator, forward", "camera head, forward", "depth head, forward")
+    names = ("waiting for data", "data, on the device", *heads, "losses", "backward", "clipping", "optimizer")
+    assert set(parts) == {*names, "everything else"}
+    assert sum(map(float, parts.values())) == pytest.approx(whole, abs=2e-3)
+    assert float(parts["everything else"]) < 0.3 * whole
+    with gzip.open(out / "profile" / "trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event["name"] == "backward" for event in events) == 4  # of two steps of two chunks
+    assert sum(event["name"] == "aten::addmm" for event in events) > 100
+
+
+def test_a_run_too_short_for_its_profile_says_so(shard_dir, whole_run):
+    done = run_trainer(shard_dir, whole_run[0], *SCRATCH, "max_steps=8", "steps_per_epoch=4", "profile_steps=3")
+    assert "profile_steps=3: the run ended 8 steps before there was a profile" in done.stdout
 
 
 @pytest.mark.slow

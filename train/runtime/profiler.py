@@ -1,0 +1,138 @@
+"""Where the time of a step goes: its parts by name, and a trace of everything that it launches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.hooks import RemovableHandle
+
+WARM_UP = 3  # steps that are not like the others: memory is taken, kernels are chosen
+TRACED = 2  # steps in the trace, which has a hundred thousand lines for each
+FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json.gz", "table.txt"
+STEP, OTHER = "the whole step", "everything else"
+
+Moment = Any  # seconds or, on a GPU, an event
+
+_active: StepProfiler | None = None
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """A part of a step, which a profiler at work shows under this name. Parts do not overlap."""
+    if _active is None:
+        yield
+        return
+    with record_function(name):
+        began = _active.now()
+        yield
+        _active.add(name, began)
+
+
+class StepProfiler:
+    """Times the parts of `steps` steps, and traces others after them. For one process, and its device.
+
+    model: whose modules make the parts of its forward pass.
+    """
+
+    def __init__(self, steps: int, model: nn.Module, device: torch.device, out_dir: Path) -> None:
+        self.model, self.device, self.folder = model, device, out_dir / FOLDER
+        self.timed = range(WARM_UP, WARM_UP + steps)
+        self.traced = range(self.timed.stop, self.timed.stop + TRACED) if steps else range(0)
+        self.began = 0  # steps
+        self.moments: list[tuple[str, Moment, Moment]] = []
+        self.hooks: list[RemovableHandle] = []
+        self.trace: profile | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Surrounds each step."""
+        global _active
+        number, self.began = self.began, self.began + 1
+        if number not in self.timed and number not in self.traced:
+            yield
+            return
+        if not self.hooks:
+            self.hooks = [hook for name, module in self.model.named_children() for hook in _hooks(name, module)]
+        if number == self.traced.start:
+            on_gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+            self.trace = profile(activities=[ProfilerActivity.CPU, *on_gpu])
+            self.trace.start()
+        _active = self
+        try:
+            with part(STEP):
+                yield
+        finally:
+            _active = None
+
+    def now(self) -> Moment:
+        """On a GPU when it gets there, as it works behind the process that tells it what to do."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, name: str, began: Moment) -> None:
+        if self.trace is None:  # which makes everything slower
+            self.moments.append((name, began, self.now()))
+
+    def report(self) -> str | None:
+        """After the last of its steps: write table and trace, and say what they are."""
+        if self.trace is None or self.began < self.traced.stop:
+            return None
+        trace, self.trace = self.trace, None
+        trace.stop()
+        for hook in self.hooks:
+            hook.remove()
+        table = self._table()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / TABLE_FILE).write_text(f"{table}\n")
+            trace.export_chrome_trace(str(self.folder / TRACE_FILE))
+        except OSError as error:  # nothing to lose a run for
+            return f"{table}\n{self.folder}: cannot be written ({error.strerror})"
+        return (
+            f"{table}\nthe table is in {self.folder / TABLE_FILE}, and a trace of {TRACED} more steps in {TRACE_FILE} "
+            "beside it: open that at https://ui.perfetto.dev"
+        )
+
+    @property
+    def missing(self) -> int:
+        """Steps that it still waits for."""
+        return max(0, self.traced.stop - self.began)
+
+    def _table(self) -> str:
+        """Seconds of each part of a step, on average, and its share."""
+        seconds: dict[str, float] = {}
+        for name, began, ended in self.moments:
+            seconds[name] = seconds.get(name, 0) + _between(began, ended) / len(self.timed)
+        whole = seconds.pop(STEP)
+        seconds[OTHER] = whole - sum(seconds.values())
+        clock = " by the clock of the GPU" if self.device.type == "cuda" else ""
+        lines = [f"profile: a step takes {whole:.3f} s{clock}, on average over {len(self.timed)}; of these"]
+        return "\n".join(lines + [f"  {name:28} {took:8.4f} s {took / whole:5.0%}" for name, took in seconds.items()])
+
+
+def _hooks(name: str, module: nn.Module) -> list[RemovableHandle]:
+    """Make a part of each pass through a module."""
+    entered = ExitStack()
+    title = f"{name.replace('_', ' ')}, forward"
+    return [
+        module.register_forward_pre_hook(lambda *_: entered.enter_context(part(title))),
+        module.register_forward_hook(lambda *_: entered.close()),
+    ]
+
+
+def _between(began: Moment, ended: Moment) -> float:
+    """Seconds."""
+    if isinstance(began, torch.cuda.Event):
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000
+    return ended - began
