@@ -32,6 +32,14 @@ def run_trainer(*arguments, **options):
     return run_command(command[0].name, *command[1:], OMP_NUM_THREADS="1")
 
 
+def run_ranks(code, tmp_path, *arguments, processes=2, **environment):
+    """A script, run by torchrun, that may import the project and these tests."""
+    (tmp_path / "ranks.py").write_text(code)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    launch = [*LOCAL, f"--nproc_per_node={processes}", tmp_path / "ranks.py"]
+    return run_command("torchrun", *launch, *arguments, **environment)
+
+
 def start(command):
     return subprocess.Popen(
         list(map(str, command)),

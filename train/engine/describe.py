@@ -13,6 +13,7 @@ from train.data.split import Split, StoredNeighbors, lonely_frames
 from train.engine.checkpoint import BEST, LATEST, step_file, steps_saved
 from train.engine.folder import CHECKPOINTS
 from train.engine.settings import TrainConfig
+from train.engine.traffic import step_traffic
 from train.evaluation.bootstrap import MIN_SCENES
 from train.evaluation.comparison import compare
 from train.evaluation.history import ValidationHistory
@@ -53,7 +54,7 @@ def describe_start(
         ),
         f"validating on {_validated(config, val, validated)}",
         f"{count(world.size, 'process', 'processes')} on {world.device.type}, {config.strategy}, {config.precision}, "
-        f"{count(workers, 'loader worker')} each",
+        f"{count(workers, 'loader worker')} each{_exchange(config, model, world)}",
         f"a step takes {', or '.join(steps)} a process, at most {config.max_img_per_gpu * world.size} images in all, "
         f"in {count(config.accum_steps, 'chunk')}; its shape is drawn again for each step",
         f"{config.total_steps:,} steps, validation every {config.val_every:,}{_early(config)}, checkpoint every "
@@ -95,6 +96,14 @@ def _parts(model: VGGT) -> str:
         some = f", {trained:.2f} M of them trained"
         parts.append(f"{name} {total:.1f} M" + ("" if trained == total else some if trained else " (frozen)"))
     return ", ".join(parts)
+
+
+def _exchange(config: TrainConfig, model: VGGT, world: World) -> str:
+    if world.size == 1:
+        return ""
+    bf16, chunks = config.precision == "bf16", config.accum_steps
+    traffic = step_traffic(model, config.strategy, bf16=bf16, chunks=chunks, ranks=world.size)
+    return f"; in a step each sends {traffic.sent / 1e6:,.1f} MB to others"
 
 
 def _adapters(config: TrainConfig, model: VGGT) -> str:

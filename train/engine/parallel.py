@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from train.engine.optim import Optimizers
@@ -38,17 +38,36 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dim(parameter, world.size))
+
     for module in model.aggregator.modules():
         if isinstance(module, Attention | Mlp):
-            fully_shard([m for m in module.children() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=policy)
+            fully_shard(unit_layers(module), mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     # FSDP warns of in-place edits of module outputs; no caller does any.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     in_float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     for name, module in model.named_children():
         if name != "aggregator":
-            fully_shard(module, mesh=mesh, mp_policy=in_float32)
-    fully_shard(model, mesh=mesh, mp_policy=in_float32)
+            fully_shard(module, mesh=mesh, mp_policy=in_float32, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, mp_policy=in_float32, shard_placement_fn=place)
     return model
+
+
+def unit_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of an attention or an MLP whose weights fsdp gathers together."""
+    return [layer for layer in module.children() if isinstance(layer, nn.Linear)]
+
+
+def shard_dim(parameter: nn.Parameter, ranks: int) -> int:
+    """The axis along which ranks divide a parameter, which is filled up to a multiple of them.
+
+    The first, but for tokens and positions [1, ..., dim]: of 64 ranks each would get a copy, 63 of them to be
+    thrown away, of the 1.4 million numbers of the positions at every gathering.
+    """
+    last = parameter.ndim - 1
+    return last if parameter.shape[0] < ranks and parameter.shape[last] % ranks == 0 else 0
 
 
 @contextmanager

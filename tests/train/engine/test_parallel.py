@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import NO_QUANTILE, gradients, make_batch, make_model
-from conftest import BIN, ROOT, run_command
-from runs import LOCAL, SCRATCH, checkpoint, metrics, run_trainer, start, trainer, wait_for
+from conftest import BIN, ROOT
+from runs import SCRATCH, checkpoint, metrics, run_ranks, run_trainer, start, trainer, wait_for
 from torch.nn.parallel import DistributedDataParallel
 
 from train.config import load_config
@@ -90,14 +90,6 @@ def compare(world):
 with start_world(tf32=False) as world:
     compare(world)  # what holds the process group is gone before it ends
 """
-
-
-def run_ranks(code, tmp_path, *arguments, processes=2, **environment):
-    """A script, run by torchrun, that may import the project and these tests."""
-    (tmp_path / "ranks.py").write_text(code)
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    launch = [*LOCAL, f"--nproc_per_node={processes}", tmp_path / "ranks.py"]
-    return run_command("torchrun", *launch, *arguments, **environment)
 
 
 @pytest.mark.dist

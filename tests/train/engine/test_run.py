@@ -354,6 +354,7 @@ def test_default_yaml_fine_tunes_a_published_checkpoint_under_torchrun(shard_dir
     options = (f"init={published}", "max_steps=3")
     done = run_trainer(shard_dir, out, *options, "precision=bf16", processes=2, config="train/configs/default.yaml")
     assert done.returncode == 0, done.stderr
+    assert "in a step each sends 2.9 MB to others" in done.stdout
     trained, init = checkpoint(out, 3)["model"], torch.load(published, weights_only=True)
     for name, value in trained.items():
         frozen = name.startswith("aggregator.")
