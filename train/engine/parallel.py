@@ -33,6 +33,11 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return shard(model, bf16=bf16, world=world)
+
+
+def shard(model: VGGT, *, bf16: bool, world: World) -> VGGT:
+    """What `distribute` does for fsdp, also for a single rank."""
     model.aggregator.keep_every_block()  # each pass through a block gathers its weights
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
