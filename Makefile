@@ -34,7 +34,7 @@ IS_DEMO = [ "$$(readlink "$$SHARDS")" = "$$(pwd -P)/$(DEMO)/shards" ]
 NO_DEMO = if $(IS_DEMO); then rm "$$SHARDS"; echo "$$SHARDS gets your data; the demo's is SHARDS=$(DEMO)/shards now"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards finetune eval test test-slow check bench proof nano clean
+.PHONY: help setup shards finetune eval test test-slow check bench proof gpu-check nano clean
 
 help:
 	@echo "make finetune    fine-tune vggt-nano, or the published checkpoint, on your data, or on rendered scenes"
@@ -44,6 +44,7 @@ help:
 	@echo "make test        all tests except the slow ones;  make test-slow: those;  make check: lint and types"
 	@echo "make bench       what packing, loading, the model and a step cost, as ratios: over an hour, and 16 GB of memory"
 	@echo "make proof       that it learns: rendered scenes it has not seen, what is forgotten, overfitting one scene: 30 minutes"
+	@echo "make gpu-check   all that a CPU cannot show, on one GPU, in MINUTES=9: what is wrong, and what it measures (docs/GPU.md)"
 	@echo "make nano        make vggt-nano, which comes with the project, from nothing: a night on two cores, minutes on a GPU"
 	@echo "make clean       remove the demo's data and what tools left; your shards and runs stay"
 	@echo
@@ -127,6 +128,13 @@ proof: shards
 	@$(BIN)/python bench/proof.py heldout --out data/proof
 	@$(BIN)/python bench/proof.py finetune --out data/finetune
 	@$(BIN)/python bench/proof.py overfit --shards "$$SHARDS"
+
+MINUTES ?= 9
+gpu-check:  # asks for the GPU first: torch is large
+	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || \
+	  { echo "gpu-check needs an NVIDIA GPU and its driver: nvidia-smi finds none here"; exit 2; }
+	@$(MAKE) --no-print-directory .venv/installed-dev
+	@$(BIN)/python bench/gpu/check.py --minutes $(MINUTES)
 
 NANO := data/nano
 nano: setup

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from noise import noise
 from pairs import ratio
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from train.objective.losses import LossConfig, losses, normalizer_of
-from train.objective.targets import normalize_scenes
 from vggt import VGGT, VGGTConfig
 from vggt.lora import add_lora
 
@@ -97,18 +97,6 @@ def by_block(model: VGGT) -> Iterator[None]:
             part.by_block = False
 
 
-def batch_of(views: int) -> dict[str, Tensor]:
-    """A scene of cameras in a row before a bumpy wall, as train.objective.targets would give it."""
-    extrinsics = torch.eye(4)[:3].repeat(1, views, 1, 1)
-    extrinsics[0, :, 0, 3] = torch.linspace(0, 1, views)
-    intrinsics = torch.tensor([[400.0, 0, WIDTH / 2], [0, 400, HEIGHT / 2], [0, 0, 1]]).repeat(1, views, 1, 1)
-    depth = 2 + torch.rand(1, views, HEIGHT, WIDTH)
-    mask = depth > 2.1
-    extrinsics, depth, _, scale = normalize_scenes(extrinsics, intrinsics, depth, mask)
-    batch = {"images": torch.rand(1, views, 3, HEIGHT, WIDTH), "extrinsics": extrinsics, "intrinsics": intrinsics}
-    return batch | {"depth": depth, "mask": mask, "scale": scale, "has_scale": torch.tensor([True])}
-
-
 def train(model: VGGT, batch: dict[str, Tensor]) -> None:
     config = LossConfig()
     predictions = model.train()(batch["images"])
@@ -132,7 +120,7 @@ def within(*contexts: Any, work: Callable[..., None], model: VGGT, batch: dict[s
 
 
 def speed(views: int = 4) -> None:
-    model, batch = build(MIDDLE, 1), batch_of(views)
+    model, batch = build(MIDDLE, 1), noise(1, views, HEIGHT, WIDTH)
     print(f"middle-sized model, {views} views, time over time:")
     for title, work, other in (
         ("forward, 4 outputs kept over 12", infer, keeping_all),
@@ -144,7 +132,7 @@ def speed(views: int = 4) -> None:
 
 
 def full(chunk: int, views: int = 1) -> None:
-    parts = {"work": train, "model": build({}, chunk), "batch": batch_of(views)}
+    parts = {"work": train, "model": build({}, chunk), "batch": noise(1, views, HEIGHT, WIDTH)}
     result = ratio(within(**parts), within(keeping_all, unchunked, **parts))
     print(f"full size, {views} view, forward, losses and backward, head in chunks of {chunk}, over plain: {result}")
 
@@ -179,7 +167,7 @@ def lora(chunk: int) -> None:
 def lora_speed(chunk: int) -> None:
     model = adapted(MIDDLE, chunk)
     for views in (2, 4, 8):
-        parts = {"work": train, "model": model, "batch": batch_of(views)}
+        parts = {"work": train, "model": model, "batch": noise(1, views, HEIGHT, WIDTH)}
         found = ratio(within(**parts), within(by_block, **parts), pairs=5)
         print(f"middle-sized model, {views} views, time over by block: {found}", flush=True)
 
@@ -194,7 +182,7 @@ def peak(kind: str, views: int, chunk: int) -> None:
     """What a process of its own does: prints its peak resident memory in GB (10^9 bytes), and the time it took."""
     contexts = {"train-plain": (keeping_all, unchunked), "infer-all": (keeping_all,), "lora-by-block": (by_block,)}
     work, make = infer if kind.startswith("infer") else train, adapted if kind.startswith("lora") else build
-    run = within(*contexts.get(kind, ()), work=work, model=make({}, chunk), batch=batch_of(views))
+    run = within(*contexts.get(kind, ()), work=work, model=make({}, chunk), batch=noise(1, views, HEIGHT, WIDTH))
     began = time.monotonic()
     run()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, time.monotonic() - began)

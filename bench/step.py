@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from noise import noise
 from pairs import ratio, seconds
 from torch import Tensor
 
@@ -48,7 +49,7 @@ from train.engine.run import Run
 from train.engine.settings import TrainConfig
 from train.engine.step import forward_backward
 from train.objective.losses import losses, normalizer_of
-from train.objective.targets import Batch, normalize_scenes, prepare
+from train.objective.targets import Batch, prepare
 from train.report.logger import Reporter
 from train.runtime.distributed import World, start_world
 from train.runtime.stop import StopRequest
@@ -61,16 +62,16 @@ NEVER = 10**9
 
 
 @contextmanager
-def packed() -> Iterator[Split]:
-    """Rendered scenes of the size that the demo's are."""
+def packed(short_side: int = 240, processes: int = 2) -> Iterator[Split]:
+    """Rendered scenes, of the size that the demo's are or another, packed as they are."""
     from prep.importers.co3d import Co3D
     from prep.synth.synth import SynthOptions, synth
 
-    with TemporaryDirectory() as name, process_pool(2, ["prep.packing.pack", "prep.synth.synth"]) as pool:
+    with TemporaryDirectory() as name, process_pool(processes, ["prep.packing.pack", "prep.synth.synth"]) as pool:
         folder = Path(name)
-        synth(folder, SynthOptions(scenes=16, frames=30, seed=0), pool, on_scene=lambda: None)
+        synth(folder, SynthOptions(scenes=16, frames=30, seed=0, short_side=short_side), pool, on_scene=lambda: None)
         source = Co3D(folder / "co3d", folder / "annotations", ("train",))
-        pack(source, folder / "set", PackOptions(), pool, max_bad=0, parallel=2)
+        pack(source, folder / "set", PackOptions(), pool, max_bad=0, parallel=processes)
         yield Split([shards.open(folder / "set")], "train")
 
 
@@ -113,13 +114,21 @@ class LoopOnly(Run):
         pass
 
 
-def run_loop(config: TrainConfig, model: VGGT, optimizer: Any, split: Split, batches: Any, reporter: Reporter) -> None:
+def run_loop(
+    config: TrainConfig,
+    model: VGGT,
+    optimizer: Any,
+    split: Split,
+    batches: Any,
+    reporter: Reporter,
+    world: World = ALONE,
+) -> None:
     """The trainer's loop on these batches."""
     plan = plan_of(config, split)
     train.engine.run.stream = lambda *_, **__: batches
     work = LoopOnly(
         config=config,
-        world=ALONE,
+        world=world,
         model=model,
         shared=model,
         optimizer=optimizer,
@@ -201,18 +210,6 @@ def wait() -> None:
             f"loader alone {step / alone:.1f} times as fast as the step (at least 1.5); waiting for data "
             f"{statistics.mean(waits):.2%} of the time (at most 2%), of log lines at most {max(waits):.2%}"
         )
-
-
-def noise(scenes: int, views: int, height: int, width: int) -> Batch:
-    """A prepared batch of nothing in particular."""
-    k = torch.tensor([[300.0, 0, (width - 1) / 2], [0, 300, (height - 1) / 2], [0, 0, 1]]).expand(scenes, views, 3, 3)
-    extrinsics = torch.eye(4)[:3].expand(scenes, views, 3, 4).contiguous()
-    depth = torch.rand(scenes, views, height, width) + 1
-    mask = torch.ones_like(depth, dtype=torch.bool)
-    extrinsics, depth, points, scale = normalize_scenes(extrinsics, k, depth, mask)
-    images = torch.rand(scenes, views, 3, height, width)
-    out = {"images": images, "extrinsics": extrinsics, "intrinsics": k, "depth": depth, "mask": mask, "points": points}
-    return out | {"scale": scale, "has_scale": torch.ones(scenes, dtype=torch.bool)}
 
 
 def rank() -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bench.live_bytes import LiveBytes, no_content
 from vggt import VGGT, VGGTConfig
 from vggt.lora import add_lora
 
@@ -17,41 +13,12 @@ ATTENTION = ("*aggregator*attn.qkv", "*aggregator*attn.proj")
 HEIGHT, WIDTH = 266, 518
 
 
-class LiveBytes(TorchDispatchMode):
-    """The bytes of tensors that live at the same time, at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return out
-
-    def count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key):
-        self.now -= self.known.pop(key)
-
-
 def peak_gb(views, monkeypatch):
     """Of a step that trains adapters of rank 16 on all attention of the aggregator, camera and depth head, in fp32."""
     monkeypatch.setattr("vggt.model.check_images", lambda *_: None)  # which reads values
     with torch.device("meta"):
         model = VGGT(VGGTConfig(heads=("camera", "depth")))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape))
+    with no_content(model):
         model.aggregator.requires_grad_(False)
         add_lora(model, ATTENTION, rank=16, alpha=16)
         images = torch.rand(1, views, 3, HEIGHT, WIDTH)
