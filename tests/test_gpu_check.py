@@ -43,7 +43,7 @@ def test_every_stage_runs_on_a_cpu_that_pretends(tmp_path):
     assert rows["default, 3 views of 56x56"]["tflops"] > 0
     assert rows["default, 12 GB"]["images"] == 6  # of which the pretended memory holds two scenes of three
     counted = rows["default: counted without content"]["counted_gb"]
-    assert 0.02 < counted < 0.1  # 5 MB of weights, 9 of gradients and moments, and what a chunk makes
+    assert 0.015 < counted < 0.1  # 5 MB of weights, 9 of gradients and moments, and what a chunk makes
     page = path.with_suffix(".md").read_text()
     assert page.count("\n## ") == len(STAGES)
     assert re.search(r"\| of a step: backward \|.*\| 0\.\d+ \|", page)

@@ -38,10 +38,11 @@ def forward_backward(model: nn.Module, batch: Batch, config: TrainConfig) -> dic
     normalizer = normalizer_of(batch, config.loss)
     scenes = batch["images"].shape[0]
     totals: dict[str, Tensor] = {}
-    bounds = torch.arange(scenes).tensor_split(min(config.accum_steps, scenes))
-    for i, members in enumerate(bounds):
-        chunk = {name: value[members[0] : members[-1] + 1] for name, value in batch.items()}
-        with gradient_sync(model, i == len(bounds) - 1):
+    chunks = min(config.accum_steps, scenes)
+    parts = {name: value.tensor_split(chunks) for name, value in batch.items()}
+    for i in range(chunks):
+        chunk = {name: part[i] for name, part in parts.items()}
+        with gradient_sync(model, i == chunks - 1):
             with autocast(config.precision, chunk["images"].device):
                 predictions = model(chunk["images"], matching=config.loss.match > 0)
             with part("losses"):
