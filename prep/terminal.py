@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+TELL_EVERY = 60  # seconds, in a log file
 console = Console(highlight=False, markup=False, emoji=False)  # names are printed as they are
 
 
@@ -71,7 +73,10 @@ class Fraction(click.FloatRange):
 
 @contextmanager
 def progress_bar(unit: str, *columns: str) -> Iterator[Progress]:
-    """A progress bar that appears when it is started, and stops at the end, even after an error."""
+    """A progress bar that appears when it is started, and stops at the end, even after an error.
+
+    Where there is no terminal, it is a line now and then.
+    """
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -84,10 +89,21 @@ def progress_bar(unit: str, *columns: str) -> Iterator[Progress]:
         console=console,
         speed_estimate_period=600,  # a shard may take a minute
     )
+    ended = Event()
+    teller = Thread(target=_tell, args=(bar, unit, ended), daemon=True)
+    if not console.is_terminal:
+        teller.start()
     try:
         yield bar
     finally:
+        ended.set()
         bar.stop()
+
+
+def _tell(bar: Progress, unit: str, ended: Event) -> None:
+    while not ended.wait(TELL_EVERY):
+        for task in bar.tasks:
+            console.print(f"{task.description}: {task.completed:,.0f} of {task.total or 0:,.0f} {unit}")
 
 
 def start(bar: Progress, description: str, total: int, **fields: Any) -> TaskID:

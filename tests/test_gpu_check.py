@@ -34,7 +34,7 @@ def test_every_stage_runs_on_a_cpu_that_pretends(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
-    assert list(found["stages"]) == list(STAGES)
+    assert set(found["stages"]) == set(STAGES)
     for name, result in found["stages"].items():
         assert result["state"] == "done", name
         assert len(result["rows"]) >= 3, name

@@ -100,6 +100,8 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     # Where to begin
     out_dir = Path(config.out_dir)
     world.from_main(lambda: check_place(out_dir) if dry else held.enter_context(locked_folder(out_dir)))
+    if world.is_main and not dry:
+        (out_dir / REQUEUE_FILE).unlink(missing_ok=True)  # before anything may fail, and ask for the same again
     newest = world.from_main(lambda: find_start(config, out_dir, repair=not dry))
     saved = None if newest is None else load_run(newest)
     changes: list[str] = []
@@ -172,10 +174,8 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     if state.step >= total:
         reporter.say("it is finished: raise epochs or max_steps to continue, or give another out_dir")
     stop.listen()
-    if world.is_main:
-        if write_config(out_dir, config, keep_other=not resumed):
-            reporter.say(f"{out_dir / CONFIG_FILE}: what was there is kept beside it, under a number")
-        (out_dir / REQUEUE_FILE).unlink(missing_ok=True)
+    if world.is_main and write_config(out_dir, config, keep_other=not resumed):
+        reporter.say(f"{out_dir / CONFIG_FILE}: what was there is kept beside it, under a number")
     reporter.say(about)
 
     # Loop
@@ -217,10 +217,15 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
 def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) -> tuple[VGGT, str | None]:
     """The run's model, with the weights of its checkpoint, of `init`, or random; and the fingerprint of `init`.
 
-    A checkpoint of adapters holds just what was trained: the rest comes from `init` again.
+    A checkpoint of adapters holds just what was trained: the rest comes from `init` again. Raises ValueError for an
+    `init` that is in another place than before, and is another one.
     """
     chosen, state = config.model, None
-    if config.init is not None and (saved is None or chosen.lora is not None):
+    needs_init, has_moved = (
+        saved is None or chosen.lora is not None,
+        saved and saved["config"].get("init") != config.init,
+    )
+    if config.init is not None and (needs_init or has_moved):
         state = read_init(config.init, chosen.preset)  # first: a large model takes long to make
     torch.manual_seed(config.seed)
     model = VGGT(
@@ -229,7 +234,8 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
     init_fingerprint = None if saved is None else saved.get("init_fingerprint")
     if state is not None:
         init = str(config.init)
-        fill(model, state, init)
+        if needs_init:
+            fill(model, state, init)
         init_fingerprint = world.from_main(partial(checked_fingerprint, state, init, init_fingerprint))
         del state
     elif saved is None and config.loss.match > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,18 @@ def _models(folder: Path) -> list[Path]:
 
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
-    """A capture for each model: their worlds have nothing in common. Raises ValueError without the extra `colmap`."""
+    """A capture for each model: their worlds have nothing in common. Raises ValueError without the extra `colmap`.
+
+    A model most of whose images are in a larger one is left out: COLMAP leaves such where it began twice, and the
+    smaller ones are often wrong.
+    """
     try:
         import pycolmap
     except ImportError as error:
         raise ValueError(
             f"{folder}: COLMAP's files need .venv/bin/pip install -c constraints.txt -e '.[colmap]'"
         ) from error
-    models = _models(folder)
-    captures = []
+    models, captures = _models(folder), []
     for model in models:
         try:
             reconstruction = pycolmap.Reconstruction(str(model))
@@ -46,7 +50,24 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             raise ValueError(f"{model}: not readable as a model of COLMAP ({error})") from error
         suffix = f"-{model.name}" if len(models) > 1 else ""
         captures.append(_capture(folder, model, f"{folder.resolve().name}{suffix}", reconstruction))
-    return captures
+    return _without_repeats(captures)
+
+
+def _without_repeats(captures: list[Capture]) -> list[Capture]:
+    kept: list[Capture] = []
+    for capture in sorted(captures, key=lambda capture: -len(capture.frames)):
+        paths = _paths(capture)
+        larger = next((other for other in kept if 2 * len(paths & _paths(other)) > len(paths)), None)
+        if larger is None:
+            kept.append(capture)
+        else:
+            repeats = [(path, f"image of a smaller model of the same, {capture.name}") for path in sorted(paths)]
+            kept[kept.index(larger)] = replace(larger, unusable=larger.unusable + repeats)
+    return sorted(kept, key=lambda capture: capture.name)
+
+
+def _paths(capture: Capture) -> set[str]:
+    return {frame.path for frame in capture.frames}
 
 
 def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Capture:

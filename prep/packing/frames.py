@@ -100,12 +100,15 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
 
 
 def _decode(data: bytes, options: FrameOptions, as_jpeg: bool) -> tuple[np.ndarray, int, tuple[int, int]]:
-    """RGB [h, w, 3], its scale in eighths, and height and width of the source. Raises ValueError."""
-    if not as_jpeg:
+    """RGB [h, w, 3], its scale in eighths, and height and width of the source. Raises ValueError.
+
+    as_jpeg: whether it may be decoded at a smaller size.
+    """
+    if not data.startswith(JPEG_START):
         image = read_rgb(data)
         return image, 8, (image.shape[0], image.shape[1])
     source = jpeg_size(data)
-    image, eighths = decode_jpeg(data, _scale(source, options))
+    image, eighths = decode_jpeg(data, _scale(source, options) if as_jpeg else 1.0)  # OpenCV would fill what is damaged
     return image, eighths, source
 
 

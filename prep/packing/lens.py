@@ -10,10 +10,12 @@ import cv2
 import numpy as np
 
 from prep.importers.source import Distortion
+from prep.packing.reading import BadFrameError
 
 T = TypeVar("T")
 WIDEST = 60.0  # degrees from the axis: beyond that a pinhole image of a fisheye would be mostly margin
 BORDER_STEPS = 50
+CLOSER, CLOSEST = 1.05, 4.0  # steps, and the most, by which the focal length grows until nothing is seen mirrored
 PRECISE = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 100, 1e-10)
 
 
@@ -21,7 +23,8 @@ class Lens:
     """The lens of a camera with intrinsics [3, 3] whose images are height x width pixels.
 
     intrinsics [3, 3]: of the pinhole camera that replaces it: the same size, centered, with square pixels, and the
-    smallest focal length at which every pixel shows something that the lens saw.
+    smallest focal length at which every pixel shows something that the lens saw, and nothing mirrored: polynomials bend
+    back beyond what they were fitted to. Raises BadFrameError if that is nearly everywhere.
     """
 
     def __init__(self, intrinsics: np.ndarray, distortion: Distortion, height: int, width: int) -> None:
@@ -40,6 +43,18 @@ class Lens:
             if (reach > 0).all():
                 focal = max(focal, float((half[axis] / reach).max()))
         self.intrinsics = np.array([[focal, 0, center[0]], [0, focal, center[1]], [0, 0, 1]])
+        while self._bends_back():
+            self.intrinsics[[0, 1], [0, 1]] *= CLOSER
+            if self.intrinsics[0, 0] > CLOSEST * focal:
+                raise BadFrameError("lens model bends back", f"coefficients {distortion.coefficients}")
+
+    def _bends_back(self) -> bool:
+        """Whether some part of the pinhole image shows the distorted one mirrored."""
+        height, width = self.size
+        x, y = np.meshgrid(np.linspace(0, width - 1, BORDER_STEPS), np.linspace(0, height - 1, BORDER_STEPS))
+        seen = self.to_source(np.column_stack([x.ravel(), y.ravel()])).reshape(*x.shape, 2)
+        across, down = seen[:-1, 1:] - seen[:-1, :-1], seen[1:, :-1] - seen[:-1, :-1]
+        return bool((across[..., 0] * down[..., 1] <= across[..., 1] * down[..., 0]).any())
 
     def _rays(self, pixels: np.ndarray) -> np.ndarray:
         """Directions x / z, y / z [n, 2] of pixels [n, 2] of the distorted image."""

@@ -17,7 +17,17 @@ import shards
 from prep.importers.source import Source
 from prep.packing.plan import PackError, PackOptions, ShardJob, make_plan, plan_digest
 from prep.packing.shard import ShardDone, pack_shard
-from prep.packing.work import JOB_FILE, check_place, finish, is_done, is_whole, kept_shards, read_report, reopen
+from prep.packing.work import (
+    JOB_FILE,
+    check_place,
+    finish,
+    is_current,
+    is_done,
+    is_whole,
+    kept_shards,
+    read_report,
+    reopen,
+)
 from shards.index import sha256
 from shards.locks import locked
 from shards.schema import WORK_FOLDER
@@ -75,7 +85,8 @@ def pack(
     job = json.loads(json.dumps({"source": described, "options": asdict(options)}))  # as it will be read again
     check_place(out, job)
     work = out / WORK_FOLDER
-    if is_whole(out) and not (work / JOB_FILE).exists():  # where there is a job, another pack may be at work
+    ended = not (work / JOB_FILE).exists()  # where there is a job, another pack may be at work
+    if ended and is_whole(out) and is_current(out, plan):
         shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
         on_plan(total, total)
         return _result(out, source, in_both)

@@ -22,31 +22,49 @@ log = logging.getLogger(__name__)
 ShardReport = dict[str, list[Any]]  # bad, short and doubtful, as in PackResult
 NOTHING_TO_REPORT: ShardReport = {"bad": [], "short": [], "doubtful": []}
 JOB_FILE = "job.json"
+MADE_OF_FILE = "made_of.json"  # of a finished set: what tells the files of each shard from those that replace them
 
 
 def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, int]:
     """The finished shards whose files are still as they were, and how many bad frames each has.
 
-    If there are too many bad frames, shards with any are repacked: the dataset may have been repaired since.
+    If there are too many bad frames, shards with any are repacked: the dataset may have been repaired since. Records of
+    shards that are not kept are removed, but of those whose tars need only be indexed again.
     """
-    done = [job for job in plan if is_done(out, job.name)]
-    with ThreadPoolExecutor(32) as pool:  # a network file system answers slowly, but many at once
-        same = list(pool.map(lambda job: _is_same(out, job), done))
-    changed = {job.name for job, is_same in zip(done, same, strict=True) if not is_same}
+    recorded = [job for job in plan if record_file(out, job.name).is_file()]
+    changed = changed_shards(recorded, {job.name: _report(out, job.name).get("made_of") for job in recorded})
     if changed:
         log.warning("%d finished shards are made again: files of theirs have other sizes or times now", len(changed))
-    bad = {job.name: len(_report(out, job.name)["bad"]) for job in done}
-    too_many = sum(count for name, count in bad.items() if name not in changed) > most_bad
-    kept = {name: count for name, count in bad.items() if name not in changed and not (too_many and count)}
+    for name in changed:
+        record_file(out, name).unlink()
+    bad = {job.name: len(_report(out, job.name)["bad"]) for job in recorded if is_done(out, job.name)}
+    too_many = sum(bad.values()) > most_bad
+    kept = {name: count for name, count in bad.items() if not (too_many and count)}
     for name in bad.keys() - kept.keys():
         record_file(out, name).unlink()  # now: a kill must not bring it back
     return kept
 
 
-def _is_same(out: Path, job: ShardJob) -> bool:
-    """Whether the files of a shard are those it was made of; True if that cannot be told."""
-    digests = _report(out, job.name).get("made_of"), job.file_digest()
-    return None in digests or digests[0] == digests[1]
+def changed_shards(jobs: list[ShardJob], made_of: dict[str, str | None]) -> set[str]:
+    """The shards whose files are not those they were made of, as far as that can be told."""
+    known = [job for job in jobs if made_of.get(job.name) is not None]
+    with ThreadPoolExecutor(32) as pool:  # a network file system answers slowly, but many at once
+        digests = pool.map(ShardJob.file_digest, known)
+    return {job.name for job, now in zip(known, digests, strict=True) if now not in (None, made_of[job.name])}
+
+
+def is_current(out: Path, plan: list[ShardJob]) -> bool:
+    """Whether a finished set is of the files that are there now, as far as that can be told."""
+    return not changed_shards(plan, _read_made_of(out))
+
+
+def _read_made_of(out: Path) -> dict[str, str | None]:
+    """Shard -> what its files were when it was made; empty for older sets, and where the file was lost."""
+    try:
+        made_of = json.loads((out / MADE_OF_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return made_of if isinstance(made_of, dict) else {}
 
 
 def reopen(out: Path) -> None:
@@ -59,13 +77,13 @@ def reopen(out: Path) -> None:
     report = read_report(out)
     files = _read_record(out / DATASET_FILE)["files"]
     tars = {name.removesuffix(".tar"): entry for name, entry in files.items() if name.endswith(".tar")}
-    names = {*tars} if report is None else {*tars, *report}
+    names, made_of = {*tars} if report is None else {*tars, *report}, _read_made_of(out)
     for name in sorted(names):
         if not record_file(out, name).exists():  # else a pack that was stopped has left it
             part = NOTHING_TO_REPORT | {"doubtful": [(f"{name}.tar", "its report was lost: it may lack frames")]}
             if report is not None:
                 part = report.get(name, NOTHING_TO_REPORT)
-            write_json(record_file(out, name), {"index": tars.get(name)} | part)
+            write_json(record_file(out, name), {"index": tars.get(name), "made_of": made_of.get(name)} | part)
 
 
 def record_file(out: Path, name: str) -> Path:
@@ -110,6 +128,7 @@ def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) ->
         raise PackError(
             f"no sequence has {job['options']['min_frames']} usable frames; see {out / REPORT_FILE} and --min-frames"
         )
+    write_json(out / MADE_OF_FILE, {name: part.get("made_of") for name, part in reports.items()})
     write_index(out, tars, source=job["source"], options=job["options"])
     remove_leftovers(out)  # of a worker that was lost, and whose shard another one made
     _clear(work)

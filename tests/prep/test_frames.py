@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from planes import plane_depth, stripes
 
 from prep.importers.cameras import OpenCVCamera
 from prep.importers.co3d import stereo_depth
-from prep.importers.source import Frame
+from prep.importers.source import Distortion, Frame
 from prep.packing.frames import FrameOptions, pack_frame
+from prep.packing.lens import Lens
 from prep.packing.reading import BadFrameError
 from shards.codecs import decode_depth, decode_jpeg, encode_jpeg
+
+LENS = Distortion(coefficients=(-0.1, 0.02, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -50,6 +55,38 @@ def offsets(packed):
     slope = np.gradient(expected, axis=1)
     valid = depth > 0
     return ((depth - expected) / slope)[valid]
+
+
+@pytest.mark.parametrize("change", [{"camera": LENS}, {"quarter_turns": 1}, {}])
+def test_a_damaged_jpeg_is_refused_whatever_becomes_of_it(make_frame, change):
+    """A block of zeros, as after a lost connection: OpenCV would fill in what it cannot read."""
+    frame = make_frame(480, 640)
+    lens = change.get("camera")
+    frame = replace(frame, **change | ({"camera": replace(frame.camera, distortion=lens)} if lens else {}))
+    assert pack_frame(frame, FrameOptions()).jpeg
+    data = bytearray(frame.image.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2048] = bytes(2048)
+    frame.image.write_bytes(data)
+    with pytest.raises(BadFrameError, match="image is damaged"):
+        pack_frame(frame, FrameOptions())
+
+
+@pytest.mark.parametrize("k1", [-0.2, -0.45, -0.8, -1.5])
+def test_no_lens_shows_anything_mirrored(k1):
+    """Polynomials that bend back within the image, as of cameras that COLMAP has wrong."""
+    k = np.array([[500.0, 0, 319.5], [0, 500, 239.5], [0, 0, 1]])
+    lens = Lens(k, Distortion(coefficients=(k1, 0.0, 0.0, 0.0)), 480, 640)
+    v, u = np.mgrid[:480:4, :640:4].astype(float)
+    seen = lens.to_source(np.column_stack([u.ravel(), v.ravel()])).reshape(*u.shape, 2)
+    assert (np.diff(seen[..., 0], axis=1) > 0).all()
+    assert (np.diff(seen[..., 1], axis=0) > 0).all()
+
+
+def test_a_lens_that_bends_back_nearly_everywhere_is_refused():
+    k = np.array([[500.0, 0, 319.5], [0, 500, 239.5], [0, 0, 1]])
+    with pytest.raises(BadFrameError, match="lens model bends back"):
+        Lens(k, Distortion(coefficients=(-900.0, 0.0, 0.0, 0.0)), 480, 640)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1080, 1440), (1440, 1080), (719, 1281)])

@@ -471,6 +471,33 @@ def test_packing_again_does_nothing_and_another_way_is_refused(captures, shard_d
     assert "holds shards of another dataset" in part.stderr
 
 
+def test_a_finished_set_is_made_again_where_its_files_have_changed(editable, tmp_path, caplog):
+    """And no other part of it; also the part whose tar is there, where that of another was removed."""
+    out = tmp_path / "set"
+    command = ("pack", *source_options(editable), "--out", out, "--short-side", 150, "--shard-frames", 60, "--no-pairs")
+    assert vggt_prep(*command).returncode == 0
+    first = shards.open(out)
+    frames, other = first.frames.copy(), out / first.tars[-1]
+    written = other.stat().st_mtime_ns
+    name = first.sequences[0]["name"].decode()
+    for path in (editable / "co3d").glob(f"*/{name}/depths/*"):
+        bits = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), (bits.view(np.float16) / 2).view(np.uint16))
+    (out / first.tars[1]).unlink()
+    done = vggt_prep(*command)
+    assert done.returncode == 0, done.stderr
+    assert "1 finished shards are made again: files of theirs have other sizes or times now" in caplog.text
+    second = shards.open(out)
+    ratio = second.frames["depth_scale"] / frames["depth_scale"]
+    changed = second.frames["sequence"] == 0
+    assert np.allclose(ratio[~changed], 1)
+    assert not (second.frames["depth_crc"][changed] == frames["depth_crc"][changed]).all() or np.allclose(
+        ratio[changed], 0.5
+    )
+    assert other.stat().st_mtime_ns == written
+    assert "packed before: nothing to do" in vggt_prep(*command).stdout
+
+
 def test_a_part_of_the_download_just_works(editable, tmp_path):
     _, _, category, name = first_sequence(editable)
     shutil.rmtree(editable / "co3d" / category / name)

@@ -37,8 +37,8 @@ def checked_fingerprint(state: Mapping[str, Tensor], init: str, expected: str | 
     found = fingerprint(state)
     if expected not in (None, found):
         raise ValueError(
-            f"init: {init} is another checkpoint than the one that this run began from, and its adapters belong to "
-            "that one; put it back"
+            f"init: {init} is another checkpoint than the one that this run began from, to which what it trained "
+            "belongs; put that one back"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from train.data.plan import validation_plan
 from train.data.split import Split
 from train.engine.checkpoint import load
 from train.engine.settings import TrainConfig, data_config
-from vggt.weights import NANO, fingerprint
+from vggt.weights import NANO, fingerprint, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def saved_run(source: str) -> dict[str, Any] | None:
@@ -42,10 +45,16 @@ def trained_width(source: str) -> int | None:
 
 
 def began_from(source: str) -> list[str]:
-    """The `init` of the run that a checkpoint is of, if it says one and that is still there."""
+    """The `init` of the run that a checkpoint is of, if it says one and that is still there, and the same."""
     saved = saved_run(source)
     init = None if saved is None else saved["config"].get("init")
-    return [init] if init is not None and (init == NANO.name or Path(init).expanduser().exists()) else []
+    if saved is None or init is None or not (init == NANO.name or Path(init).expanduser().exists()):
+        return []
+    expected = saved.get("init_fingerprint")  # older runs have none
+    if expected is not None and fingerprint(read_checkpoint(init)[0]) != expected:
+        log.warning("%s began from %s, where another checkpoint is now: not compared with it", source, init)
+        return []
+    return [init]
 
 
 def trained_before(source: str | None, expected: str | None = None) -> tuple[list[Part], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,23 +91,23 @@ class Run:
                 if not isinstance(raw, dict):
                     self._abandon_step(state)
                     return self._end_early(state, self._problem_of_any(raw))
-                outcome, lr = self._take_step(raw)
+                try:
+                    outcome, lr = self._take_step(raw)
+                except ValueError as error:  # memory is short
+                    if world.size > 1:  # the others are not here, to save with this one
+                        raise
+                    return self._end_early(state, error)
             if words := profiler.report():
                 reporter.say(words)
             if outcome.abandoned:
                 return self._end_early(state, self._problem_of_any(None))
             state, step = raw["after"], raw["after"].step
-            tally.count_damage(raw, outcome)
             if outcome.finite:
                 window.add(outcome.terms, outcome.norms, raw["images"].shape[:2].numel(), began, waited)
-            else:
-                self._report_skipped(step, raw, tally.skipped + 1)
-            tally.count_skipped(outcome.finite)
-            if window.steps and (step % config.log_every == 0 or step == total):
-                values = window.means(world) | {"lr": lr, "memory_gb": peak_gb(world.device)}
-                window = Window()
-                reporter.scalars(step, config.data.train_split, values)
-                reporter.progress(step, values)
+            try:
+                self._account(raw, outcome, lr, window, tally)
+            except ValueError as error:  # on every rank
+                return self._end_early(state, error)
             if outcome.stop and step < total:
                 return self._end_early(state, None)
             if step % config.checkpoint.every == 0 or step == total:
@@ -130,10 +131,17 @@ class Run:
             stop = self.stop.asked
             return train_step(self.shared, self.optimizer, batch, config, self.world, stop=stop, **counts), lr
 
-    def _report_skipped(self, step: int, raw: dict[str, Any], in_a_row: int) -> None:
-        keys = [key for rank_keys in self.world.gather(raw["keys"]) for key in rank_keys]
-        self.reporter.scalars(step, "skipped", {"skipped": in_a_row})
-        self.reporter.say(f"step {step}: skipped on all ranks, as a loss or gradient is not finite; scenes: {keys}")
+    def _account(self, raw: dict[str, Any], outcome: StepOutcome, lr: float, window: Window, tally: Tally) -> None:
+        """Count and report a step. Raises ValueError, on every rank, if too much is wrong or it cannot be written."""
+        config, world, step = self.config, self.world, raw["after"].step
+        tally.count_damage(raw, outcome)
+        if not outcome.finite:
+            keys = [key for rank_keys in world.gather(raw["keys"]) for key in rank_keys]
+            world.from_main(partial(self.reporter.skipped, step, tally.skipped + 1, keys))
+        tally.count_skipped(outcome.finite)
+        if window.steps and (step % config.log_every == 0 or step == config.total_steps):
+            values = window.take_means(world) | {"lr": lr, "memory_gb": peak_gb(world.device)}
+            world.from_main(partial(self.reporter.trained, step, config.data.train_split, values))
 
     def _abandon_step(self, state: DataState) -> None:
         """Take part in the step at `state`, for which this rank has no data, so that the others do not wait for it."""
@@ -147,15 +155,15 @@ class Run:
         """The first problem with the data of all ranks, on every rank."""
         return next((problem for problem in self.world.gather(mine) if problem is not None), None)
 
-    def _end_early(self, state: DataState, problem: NoDataError | None) -> Ending:
-        """Save the state reached, as a signal asked to stop. Raises NoDataError for `problem`.
+    def _end_early(self, state: DataState, problem: ValueError | None) -> Ending:
+        """Save the state reached, as a signal asked to stop. Raises ValueError for `problem`.
 
         `problem` must be the same on every rank.
         """
         self._save(state, stopped=problem is None)
         if problem is not None:
             saved = f"; what was trained is saved at step {state.step}" if state.step else ""
-            raise NoDataError(f"{problem}{saved}")
+            raise ValueError(f"{problem}{saved}") from problem
         return "stopped"
 
     def _validate(self, state: DataState) -> Ending | None:
@@ -170,7 +178,10 @@ class Run:
                 return self._end_early(state, error)
             if result is None:
                 return self._end_early(state, None)
-            self._publish(result, step)
+            try:
+                self.world.from_main(partial(self._publish, result, step))
+            except ValueError as error:
+                return self._end_early(state, error)
         best = self.world.from_main(lambda: self._best_step(step))
         if best == step:
             self._save(state)
@@ -182,11 +193,9 @@ class Run:
         return None
 
     def _publish(self, result: Validation, step: int) -> None:
-        """Report a validation. Of the files that a resumed run reads, the history is written last."""
+        """Report a validation, on the main rank. Of the files that a resumed run reads, the history is written last."""
         assert self.validator is not None
         reporter, name = self.reporter, self.config.data.val_split
-        if not reporter.is_main:
-            return
         reporter.scalars(step, name, result.means())
         shard_sets = self.validator.split.shard_sets
         for source, shard_set in enumerate(shard_sets if len(shard_sets) > 1 else ()):

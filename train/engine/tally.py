@@ -20,6 +20,9 @@ class Window:
     """Sums of what a log line averages over."""
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.steps, self.images, self.waited, self.seconds = 0, 0, 0.0, 0.0
 
@@ -31,12 +34,14 @@ class Window:
         self.steps, self.images = self.steps + 1, self.images + images
         self.waited, self.seconds = self.waited + waited, self.seconds + time.perf_counter() - began
 
-    def means(self, world: World) -> dict[str, float]:
-        """The means over the steps and over the ranks."""
+    def take_means(self, world: World) -> dict[str, float]:
+        """The means over the steps and over the ranks; the next ones are of what comes after."""
         values = torch.stack(list(self.sums.values())).double() / self.steps
         means = (world.sum(values) / world.size).tolist()
         rates = {"images_per_s": self.images * world.size / self.seconds, "data_wait": self.waited / self.seconds}
-        return dict(zip(self.sums, means, strict=True)) | rates
+        found = dict(zip(self.sums, means, strict=True)) | rates
+        self._clear()
+        return found
 
 
 class Tally:

@@ -106,6 +106,16 @@ class Reporter:
                 if math.isfinite(value):
                     self._board.add_scalar(f"{split}/{name}", value, step)
 
+    def trained(self, step: int, split: str, values: dict[str, float]) -> None:
+        """The means of some steps, up to `step`."""
+        self.scalars(step, split, values)
+        self.progress(step, values)
+
+    def skipped(self, step: int, in_a_row: int, keys: list[str]) -> None:
+        """A step that did not count; keys: of its scenes."""
+        self.scalars(step, "skipped", {"skipped": in_a_row})
+        self.say(f"step {step}: skipped on all ranks, as a loss or gradient is not finite; scenes: {keys}")
+
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         if self.is_main:
             with self._board_errors():

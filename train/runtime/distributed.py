@@ -115,6 +115,9 @@ def start_world(*, tf32: bool) -> Iterator[World]:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:  # which starts them all
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            print(f"WORLD_SIZE={size}: waiting for the other processes at {place}", file=sys.stderr, flush=True)
         # Longer than a rank may wait for its data, while the others wait for it.
         patience = timedelta(seconds=3 * OUTAGE_PATIENCE)
         dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=size, timeout=patience)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from shards.writer import atomic_file, cannot_write
+
+log = logging.getLogger(__name__)
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
@@ -33,9 +36,12 @@ def read_jsonl(path: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of steps that a resumed run takes again."""
+    """Remove the lines of steps that a resumed run takes again, and those that cannot be read."""
     if path.exists():
-        lines = [line for line in read_jsonl(path) if line["step"] <= step]
+        found, written = read_jsonl(path), len(path.read_bytes().splitlines())
+        if written > len(found) + 1:  # one may have been cut off by a kill
+            log.warning("%s: %d of its %d lines are damaged, and are left out", path, written - len(found), written)
+        lines = [line for line in found if line["step"] <= step]
         with atomic_file(path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # a second one of these kills
+IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # another one of these kills, if it comes later than
+REPEATED = 3  # seconds: a scheduler signals all processes, torchrun passes its signal on, and each hears it twice
 
 
 class Interrupted(BaseException):
@@ -20,6 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._waits = False
 
     def listen(self) -> None:
@@ -32,8 +36,11 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL if number in IMPATIENT else signal.SIG_IGN)
+        if not self.asked:
+            self.asked, self._asked_at = True, time.monotonic()
+        elif number in IMPATIENT and time.monotonic() - self._asked_at > REPEATED:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if self._waits:
             self._waits = False
             raise Interrupted

@@ -429,6 +429,8 @@ def test_too_many_damaged_frames_stop_the_run_and_few_are_reported(shard_dir, tm
         assert done.returncode == 1
         assert "frames read are damaged, more than data.max_bad=0.05" in done.stderr
         assert f"{tmp_path}/set/train-00000" in done.stderr
+        step = int(re.search(r"what was trained is saved at step (\d+)", done.stderr)[1])
+        assert checkpoint(tmp_path / "run", step)["data"]["step"] == step > 10
     else:
         assert done.returncode == 0, done.stderr
         assert "frames were damaged and replaced: " in done.stdout

@@ -27,6 +27,7 @@ from train.data.split import Split
 from train.engine.folder import check_place
 from train.report.logger import Reporter
 from train.runtime.jsonl import read_jsonl
+from train.runtime.stop import REPEATED, StopRequest
 
 STEPS = ["max_steps=2000", "checkpoint.every=5000", WORKER]
 
@@ -54,6 +55,66 @@ def last_step(out):
 
 def saved_step(out):
     return torch.load(out / "checkpoints" / "latest", weights_only=True)["data"]["step"]
+
+
+# A signal saves
+
+
+def test_a_signal_that_comes_twice_at_once_still_saves(shard_dir, tmp_path):
+    """From the scheduler, to all processes, and from torchrun, which hears it, too."""
+    out = tmp_path / "run"
+    process = start(trainer(shard_dir, out, *SCRATCH, *STEPS))
+    wait_for_step(out, 2, process)
+    for pause in (0.001, 0.05, 0.2):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(pause)
+    assert "stopped, and saved" in ends_within(process, 60)
+    assert process.returncode == 0
+    assert saved_step(out) >= 2
+    assert (out / "requeue").exists()
+
+
+def test_a_signal_that_is_given_again_kills(monkeypatch):
+    killed, stop = [], StopRequest()
+    monkeypatch.setattr("os.kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for later in (0, REPEATED - 0.5, REPEATED + 0.5):
+        assert not killed
+        monkeypatch.setattr("time.monotonic", lambda later=later: 1000 + later)
+        stop._note(signal.SIGTERM, None)
+    assert killed == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_run_that_fails_at_once_does_not_ask_to_be_started_again(shard_dir, tmp_path):
+    """A script that requeues a job while it finds this file would do so for ever."""
+    out = tmp_path / "run"
+    assert run_trainer(shard_dir, out, *SCRATCH, "max_steps=2").returncode == 0
+    (out / "requeue").touch()
+    assert run_trainer(shard_dir, out, *SCRATCH, "max_steps=3", "optim.lr=0.5").returncode == 1
+    assert not (out / "requeue").exists()
+
+
+def test_what_cannot_be_written_any_more_ends_a_run_that_saves_first(shard_dir, tmp_path):
+    """As on a full disk; checkpoints may lie on another."""
+    out = tmp_path / "run"
+    process = start(trainer(shard_dir, out, *SCRATCH, *STEPS))
+    wait_for_step(out, 2, process)
+    (out / "metrics.jsonl").rename(out / "kept.jsonl")
+    (out / "metrics.jsonl").mkdir()
+    said = ends_within(process, 60)
+    assert process.returncode == 1
+    assert "metrics.jsonl: cannot be written (Is a directory); what was trained is saved at step" in said
+    assert saved_step(out) >= read_jsonl(out / "kept.jsonl")[-1]["step"]
+
+
+def test_a_process_that_waits_for_others_says_so(shard_dir, tmp_path):
+    """As in a pod whose environment is that of a job of many."""
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    command = [str(part) for part in trainer(shard_dir, tmp_path / "run", *SCRATCH)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "WORLD_SIZE=2: waiting for the other processes at localhost:0\n"
+    process.terminate()
+    process.communicate(timeout=30)
 
 
 # Nothing is erased
