@@ -26,6 +26,7 @@ from train.runtime.jsonl import finite_or_none
 from train.runtime.precision import Precision
 from vggt.model import VGGT
 
+TELL_EVERY = 50  # sequences
 IN_GALLERY = 2  # scenes of each kind: best, median, worst
 
 
@@ -86,11 +87,15 @@ class Evaluator:
         return predict(model, self.split, steps, self.precision, self.world, self.workers)
 
     def _show_progress(self, done: int) -> None:
-        """How far the main rank is, on a terminal."""
-        if self.world.is_main and sys.stderr.isatty():
-            total = min(done * self.world.size, len(self.sequences))
-            end = "\n" if total == len(self.sequences) else ""
-            print(f"\r{total} of {len(self.sequences)} sequences", end=end, file=sys.stderr, flush=True)
+        """How far the main rank is; without a terminal a line now and then."""
+        if not self.world.is_main:
+            return
+        total = min(done * self.world.size, len(self.sequences))
+        words = f"{total} of {len(self.sequences)} sequences"
+        if sys.stderr.isatty():
+            print(f"\r{words}", end="\n" if total == len(self.sequences) else "", file=sys.stderr, flush=True)
+        elif done % TELL_EVERY == 0:
+            print(words, file=sys.stderr, flush=True)
 
 
 def pick(evaluation: Evaluation) -> list[tuple[str, int]]:

@@ -24,6 +24,7 @@ from train.data.plan import DataState, TrainingPlan
 from train.data.split import Split
 from train.engine.checkpoint import mark_best, save
 from train.engine.folder import find_start, keep_former_choices, locked_folder, with_init_of
+from train.engine.lineage import began_from
 from train.engine.settings import to_dict
 from train.evaluation.history import VALIDATION_FILE, ValidationHistory, compared_plan
 from train.evaluation.metrics import METRICS
@@ -190,6 +191,28 @@ def test_a_resume_without_init_remembers_what_the_run_began_from(shard_dir, publ
     assert done.returncode == 0, done.stderr
     assert checkpoint(tmp_path, 2)["config"]["init"] == str(published)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["init"] == str(published)
+
+
+def test_what_lies_at_the_place_of_init_now_is_not_taken_for_what_a_run_began_from(
+    shard_dir, published, tmp_path, caplog
+):
+    """As when that was a run's checkpoint, and the run was made again."""
+    init, out = tmp_path / "init.pt", tmp_path / "run"
+    shutil.copy(published, init)
+    settings = (*SCRATCH, "loss.point=0")
+    assert run_trainer(shard_dir, out, *settings, f"init={init}", "max_steps=1").returncode == 0
+    saved = str(out / "checkpoints" / "latest")
+    assert began_from(saved) == [str(init)]
+    state = torch.load(init, weights_only=True)
+    torch.save(state | {"camera_head.empty_pose_tokens": torch.ones(1, 1, 9)}, init)
+    assert began_from(saved) == []
+    assert "where another checkpoint is now: not compared with it" in caplog.text
+    init.rename(tmp_path / "elsewhere.pt")
+    done = run_trainer(shard_dir, out, *settings, f"init={tmp_path / 'elsewhere.pt'}", "max_steps=2")
+    assert done.returncode == 1
+    assert "is another checkpoint than the one that this run began from" in done.stderr
+    moved = run_trainer(shard_dir, out, *settings, f"init={published}", "max_steps=2")
+    assert moved.returncode == 0, moved.stderr
 
 
 def test_lines_that_a_kill_cut_off_and_those_of_another_start_are_forgotten(tmp_path):
