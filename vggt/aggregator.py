@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vggt.config import VGGTConfig
 from vggt.layers import Block, first_and_rest, rope_table
-from vggt.memory import FRAMES, map_frames, needs_graph, recompute
+from vggt.memory import needs_graph, recompute
 from vggt.vit import VisionTransformer
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, see rope_table
@@ -39,7 +39,7 @@ class Aggregator(nn.Module):
         )
 
     def keep_every_block(self) -> None:
-        """From now on each block that runs again keeps its input, and takes all frames: fewer passes, more memory."""
+        """From now on each block that runs again keeps its input: fewer passes, more memory."""
         self.by_block = self.patch_embed.by_block = True
 
     @property
@@ -101,8 +101,8 @@ class Aggregator(nn.Module):
             return frame, recompute(global_block, frame.flatten(1, 2), scene_rope).view_as(x)
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            chunk = FRAMES if again else None
-            frame = map_frames(lambda part: frame_block(part[0], rope), [x.flatten(0, 1)], chunk).view_as(x)
+            frames = x.flatten(0, 1)
+            frame = (recompute(frame_block, frames, rope) if again else frame_block(frames, rope)).view_as(x)
             return frame, global_block(frame.flatten(1, 2), scene_rope).view_as(x)
 
         return recompute(both, x) if again else both(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-FRAMES = 2  # that go through the encoder, or a frame-wise block, at a time, if they are computed again
+FRAMES = 2  # that go through the encoder at a time, if it is computed again
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:

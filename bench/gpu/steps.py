@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import vggt.aggregator
+import vggt.model
 import vggt.vit
 from bench.gpu.rig import Rig, Row, replaced
 from bench.live_bytes import LiveBytes, no_content
@@ -27,7 +27,7 @@ from vggt.layers import Block, compile_blocks
 PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 BUDGETS = (12, 16, 24, 40, 80)  # GB
 CHUNKS = (1, 2, 4, 8)
-TRUNK_FRAMES = (2, 4, 8)
+ENCODED = (2, 4, 8)
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -83,7 +83,7 @@ def matmul_rate(rig: Rig, size: int) -> float:
 
 
 def variants(rig: Rig) -> Iterator[Row]:
-    """What settings change, one at a time: heads by chunk, attention, the trunk's chunk, compiled blocks."""
+    """What settings change, one at a time: heads by chunk, attention, compiled blocks, the encoder's chunk."""
     config = rig.recipe("default")
     model = rig.model(config)
     for chunk in CHUNKS:
@@ -97,14 +97,18 @@ def variants(rig: Rig) -> Iterator[Row]:
                 yield step(rig, f"lora, {name} attention", config, model)
             except RuntimeError as error:
                 yield {"what": f"lora, {name} attention", "error": str(error).splitlines()[0]}
-    for frames in TRUNK_FRAMES:
-        with replaced(vggt.aggregator, "FRAMES", frames), replaced(vggt.vit, "FRAMES", frames):
-            yield step(rig, f"lora, {frames} frames of the trunk at a time", config, model)
     model.aggregator.keep_every_block()
     yield step(rig, "lora, every block keeps its input", config, model)
     with eager_compiler() if rig.pretend else nullcontext():
         compile_blocks(model)
         yield step(rig, "lora, every block keeps its input, compiled", config, model)
+    config = rig.recipe("full")
+    model = rig.model(config)
+    for frames in ENCODED:
+        with replaced(vggt.vit, "FRAMES", frames):
+            yield step(rig, f"full, {frames} images of the encoder at a time", config, model)
+    model.aggregator.keep_every_block()
+    yield step(rig, "full, every block keeps its input", config, model)
 
 
 def eager_compiler() -> AbstractContextManager[None]:
