@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.noise import raw_noise
 from train.config import load_config
@@ -124,8 +124,10 @@ class Rig:
         if not self.pretend:
             torch.cuda.synchronize()
 
-    def forget(self) -> None:
-        """Give memory back, and count its peak from here."""
+    def forget(self, parameters: Iterable[nn.Parameter] = ()) -> None:
+        """Give memory back, also what is left of a step that failed, and count its peak from here."""
+        for parameter in parameters:
+            parameter.grad = None
         gc.collect()
         if not self.pretend:
             torch.cuda.empty_cache()

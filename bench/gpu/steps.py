@@ -60,7 +60,7 @@ def step(rig: Rig, what: str, config: TrainConfig, model: VGGT, views: int = 0, 
     """One row; views: those in the middle without any."""
     views = views or rig.views[1]
     scenes, height = scenes_per_rank(config.max_img_per_gpu, views), rig.height(aspect)
-    rig.forget()
+    rig.forget(model.parameters())
     try:
         took = rig.seconds(rig.step(config, scenes, views, height, model))
     except torch.OutOfMemoryError:
@@ -193,7 +193,7 @@ def most_images(rig: Rig, config: TrainConfig, model: VGGT, fraction: float) -> 
 
 
 def runs(rig: Rig, config: TrainConfig, model: VGGT, scenes: int, views: int) -> bool:
-    rig.forget()
+    rig.forget(model.parameters())
     if rig.pretend:
         return scenes <= 2
     try:
