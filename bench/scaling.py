@@ -60,6 +60,10 @@ def again(name: str, part: Flops, strategy: str) -> int:
 
 
 def main() -> None:
+    images = f"{SCENES * VIEWS} images of {HEIGHT}x{WIDTH} a GPU"
+    print(
+        f"Predicted, not measured: {images}, an H100 at {SHARE:.0%} of its peak; the part of the time spent computing\n"
+    )
     print("| recipe | ranks | computing | sent by each | at 25 GB/s | at 400 GB/s |\n|---|---|---|---|---|---|")
     for name, strategy in RECIPES:
         path = ROOT / "train" / "configs" / f"{name}.yaml"

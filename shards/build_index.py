@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.index import TAR_NAME, how_to_make_pairs, read_dataset, sha256
+from shards.index import TAR_NAME, read_dataset, sha256
 from shards.schema import (
     CRC_ZEROS,
     DATASET_FILE,
@@ -195,7 +195,9 @@ def write_index(out: Path, tars: list[TarIndex], *, source: dict[str, Any], opti
     write_dataset(out, dataset)
     if PAIRS_FILE not in files and (out / PAIRS_FILE).exists():
         (out / PAIRS_FILE).unlink()
-        log.warning("%s: was of other frames, and is removed; %s", out / PAIRS_FILE, how_to_make_pairs(str(out)))
+        log.warning(
+            "%s: was of other frames, and is removed; pack makes it again, else: vggt-prep pairs", out / PAIRS_FILE
+        )
 
 
 def write_dataset(out: Path, dataset: dict[str, Any]) -> None:

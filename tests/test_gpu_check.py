@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -39,8 +40,8 @@ def test_every_stage_runs_on_a_cpu_that_pretends(tmp_path):
         assert result["state"] == "done", name
         assert len(result["rows"]) >= 3, name
     rows = {row["what"]: row for result in found["stages"].values() for row in result["rows"]}
-    assert rows["full size, against a CPU"]["good"]
-    assert rows["default, 3 views of 56x56"]["tflops"] > 0
+    assert rows["tiny, against a CPU"]["good"]
+    assert rows["default, 3 views of 56x56"]["teraflops_per_s"] > 0
     assert rows["default, 12 GB"]["images"] == 6  # of which the pretended memory holds two scenes of three
     counted = rows["default: counted without content"]["counted_gb"]
     assert 0.015 < counted < 0.1  # 5 MB of weights, 9 of gradients and moments, and what a chunk makes
@@ -59,3 +60,14 @@ def test_a_stage_that_takes_too_long_is_stopped_and_those_after_it_run(tmp_path)
     states = {result["state"] for result in json.loads(path.read_text())["stages"].values()}
     assert "stopped: its time was over" in states
     assert "failed" not in states
+    assert "Not complete: tests" in path.with_suffix(".md").read_text()
+
+
+def test_an_interrupted_check_says_where_its_results_are(tmp_path):
+    command = (*CHECK, "--pretend", "--out", tmp_path)
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "Tests marked gpu" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"stopped; what was found is in {tmp_path}" in said

@@ -1,8 +1,8 @@
 """Everything that a CPU cannot show, on one GPU and within some minutes: what is wrong, and what it measures.
 
     make gpu-check MINUTES=9
-    python bench/gpu/check.py --pretend --out /tmp/gpu     the same on a CPU, of the smallest model: that it works
-    python bench/gpu/check.py --write-figures              what a GPU is compared with, anew
+    python bench/gpu/check.py --pretend           the same on a CPU, of the smallest model: that it works
+    python bench/gpu/check.py --write-figures     what the full-size model gives on a CPU, to compare with
 
 Stages come in the order of their worth, each in a process of its own with its own time. What they find is written as
 it comes: to docs/gpu/<name of the GPU>.json and .md.
@@ -21,44 +21,46 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.gpu.pages import write_pages
+from bench.gpu.pages import GOOD, PRETENDED, verdict, write_pages
 
 ROOT = Path(__file__).parents[2]
 
 NEEDS = (
     "gpu-check needs a CUDA GPU, and torch can use none here (see nvidia-smi); --pretend runs it on a CPU, to try it"
 )
-ROW = "ROW "  # begins a line of a stage that is one of its rows
+STOPPED = "stopped: its time was over"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """share: of the time; run: from a Rig to rows."""
+    """share: of the time; says: what its columns are."""
 
     title: str
     share: float
+    says: str
     environment: dict[str, str] = field(default_factory=dict)
 
 
+STEP = "seconds: of a step; share of peak: of the GPU's rate in bf16; allocated, reserved: the most memory."
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 STAGES = {
-    "tests": Stage("Tests marked gpu", 0.16),
-    "parity": Stage("The same as on a CPU", 0.10),
-    "recipe": Stage("A step of the recipe", 0.12),
-    "waits": Stage("Waits of the host in a step", 0.05),
-    "loading": Stage("Real shards", 0.17),
-    "others": Stage("A step of the other recipes", 0.10),
-    "variants": Stage("What settings change", 0.12),
-    "expandable": Stage(
-        "A step of the recipe, with segments that expand", 0.04, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    ),
-    "memory": Stage("Memory: counted and true; how many images fit", 0.10),
-    "inference": Stage("Inference", 0.04),
+    "tests": Stage("Tests marked gpu", 0.16, "Of tests/train/engine/test_gpu.py."),
+    "parity": Stage("The same as on a CPU", 0.10, "Of each output the largest difference over the largest value."),
+    "recipe": Stage("A step of the recipe", 0.12, STEP),
+    "waits": Stage("Waits of the host in a step", 0.05, "One is meant, in step.py; where: lines of Python."),
+    "loading": Stage("Real shards", 0.17, "data wait: the part of the time that the trainer waits; share: of a step."),
+    "others": Stage("A step of the other recipes", 0.10, STEP),
+    "variants": Stage("What settings change", 0.12, STEP),
+    "expandable": Stage("A step of the recipe, with segments that expand", 0.04, STEP, EXPANDABLE),
+    "memory": Stage("Memory", 0.10, "Counted without content, and what a step took; the most images that fit."),
+    "inference": Stage("Inference", 0.04, "Of one scene, without gradients, in bf16."),
 }
 
 
@@ -82,10 +84,10 @@ def stage_function(name: str) -> Callable[[Any], Iterator[dict[str, Any]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu")
-    parser.add_argument("--pretend", action="store_true", help="on a CPU, of the smallest model")
-    parser.add_argument("--write-figures", action="store_true", help="of the full size, by a CPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages (default 9)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default docs/gpu; with --pretend a new one)")
+    parser.add_argument("--pretend", action="store_true", help="on a CPU, of the smallest model: figures mean nothing")
+    parser.add_argument("--write-figures", action="store_true", help="a minute on a CPU, and 12 GB of memory")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import torch
@@ -100,14 +102,19 @@ def main() -> None:
     elif arguments.stage:
         run_stage(arguments.stage, arguments.pretend)
     else:
-        sys.exit(check(arguments.minutes, arguments.out, arguments.pretend))
+        out = arguments.out or (Path(mkdtemp()) if arguments.pretend else ROOT / "docs" / "gpu")
+        try:
+            sys.exit(check(arguments.minutes, out, arguments.pretend))
+        except KeyboardInterrupt:
+            print(f"stopped; what was found is in {out}")
+            sys.exit(130)
 
 
 def run_stage(name: str, pretend: bool) -> None:
     """What a process of its own does."""
     import torch
 
-    from bench.gpu.rig import Rig
+    from bench.gpu.rig import ROW, Rig
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name not in ("tests", "parity")
     for row in stage_function(name)(Rig(pretend)):
@@ -121,7 +128,7 @@ def check(minutes: float, out: Path, pretend: bool) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name, stage in STAGES.items():
         left = until - time.monotonic()
-        result: dict[str, Any] = {"title": stage.title, "state": "no time left", "rows": []}
+        result: dict[str, Any] = {"title": stage.title, "says": stage.says, "state": "no time left", "rows": []}
         found["stages"][name] = result
         print(f"{time.monotonic() - started:5.0f} s  {stage.title}", flush=True)
         if left > 0:
@@ -130,18 +137,14 @@ def check(minutes: float, out: Path, pretend: bool) -> int:
                 write_pages(out, found)
         print(f"         {len(result['rows'])} rows, {result['state']}", flush=True)
         write_pages(out, found)
-    bad = [row["what"] for result in found["stages"].values() for row in result["rows"] if row.get("good") is False]
-    unfinished = [name for name, result in found["stages"].items() if result["state"] != "done"]
-    print(f"{out}: {len(bad)} rows are not good{': ' * bool(bad)}{'; '.join(bad)}")
-    if unfinished:
-        print(f"not finished: {', '.join(unfinished)}")
-    return 1 if bad or unfinished else 0
+    print(f"{verdict(found)}\n{write_pages(out, found)}")
+    return 0 if verdict(found) == GOOD else 1
 
 
 def about(pretend: bool) -> dict[str, Any]:
     import torch
 
-    name = "a CPU that pretends" if pretend else torch.cuda.get_device_name()
+    name = PRETENDED if pretend else torch.cuda.get_device_name()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -155,6 +158,8 @@ def about(pretend: bool) -> dict[str, Any]:
 def rows_of(name: str, stage: Stage, pretend: bool, limit: float, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of a stage as they come; sets result["state"], and why if it failed. limit: seconds."""
     command = [sys.executable, __file__, "--stage", name, *(["--pretend"] if pretend else [])]
+    from bench.gpu.rig import ROW
+
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -182,7 +187,8 @@ def rows_of(name: str, stage: Stage, pretend: bool, limit: float, result: dict[s
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     result["seconds"] = round(time.monotonic() - began, 1)
-    result["state"] = "done" if code == 0 else "stopped: its time was over" if code == -signal.SIGKILL else "failed"
+    late = code == -signal.SIGKILL and result["seconds"] >= limit  # and not killed for its memory
+    result["state"] = "done" if code == 0 else STOPPED if late else "failed"
     if result["state"] == "failed":
         result["said"] = said[-20:]
 

@@ -1,26 +1,42 @@
-"""The tests marked gpu, as rows."""
+"""The tests marked gpu, as rows; to pytest, a plugin that prints each as it ends."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from xml.etree import ElementTree
+from typing import Any
 
-from bench.gpu.rig import ROOT, Rig, Row
+from bench.gpu.rig import ROOT, ROW, Rig, Row
 
 
 def gpu_tests(rig: Rig) -> Iterator[Row]:
-    with TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/train/engine/test_gpu.py"]
-        environment = os.environ | ({"PRETEND_GPU": "1"} if rig.pretend else {})
-        subprocess.run([*command, f"--junit-xml={report}"], cwd=ROOT, env=environment, check=False)
-        for case in ElementTree.parse(report).iter("testcase"):
-            wrong = case.find("failure") if case.find("failure") is not None else case.find("error")
-            row: Row = {"what": case.get("name"), "seconds": float(case.get("time", 0)), "good": wrong is None}
-            said = case.find("system-out")
-            yield row | ({"said": said.text.strip()} if said is not None and said.text else {})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "bench.gpu.gpu_tests",
+        "-m",
+        "gpu",
+        "tests/train/engine/test_gpu.py",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"PRETEND_GPU": "1"} if rig.pretend else {})
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if ROW in line:  # after what pytest has printed in it
+            yield json.loads(line.partition(ROW)[2])
+        else:
+            print(line, end="")
+    process.wait()
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" or report.failed or report.skipped:
+        row: Row = {"what": report.nodeid.partition("::")[2], "seconds": report.duration, "good": report.passed}
+        said = {"said": report.capstdout.strip()} if report.capstdout.strip() else {}
+        print(f"{ROW}{json.dumps(row | said)}", file=sys.__stdout__, flush=True)

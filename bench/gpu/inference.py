@@ -18,7 +18,7 @@ def inference(rig: Rig) -> Iterator[Row]:
     model = rig.model(rig.recipe("default", "loss.point=1")).eval()
     for views in (1, *rig.views, 2 * max(rig.views)):
         for title, keep in (("", False), (", keeping every output", True)):
-            yield {"what": f"{views} views{title}", **forward(rig, model, views, keep)}
+            yield {"what": f"views: {views}{title}", **forward(rig, model, views, keep)}
 
 
 def forward(rig: Rig, model: VGGT, views: int, keep: bool) -> Row:

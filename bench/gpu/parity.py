@@ -30,7 +30,7 @@ def parity(rig: Rig) -> Iterator[Row]:
     size = rig.size
     model = filled(preset(size, heads=HEADS), f"{'vggt_1b' if size == '1b' else size}_manifest.json")
     figures = load_tensors(FIGURES) if size == "1b" else outputs(model)
-    yield from compare(rig, "full size, against a CPU", model, {"images": images()} | figures, every=7)
+    yield from compare(rig, f"{size}, against a CPU", model, {"images": images()} | figures, every=7)
 
 
 def filled(config: VGGTConfig, manifest: str) -> VGGT:

@@ -25,6 +25,7 @@ from vggt import VGGT, preset
 from vggt.memory import hold_in_bf16
 
 ROOT = Path(__file__).parents[2]
+ROW = "ROW "  # begins a line of a stage that is one of its rows
 Row = dict[str, Any]
 
 
@@ -136,7 +137,7 @@ class Rig:
     def peaks(self) -> Row:
         """Since the last `forget`: of what tensors took, and of what was held for them."""
         if self.pretend:
-            return {"allocated_gb": 0.0, "reserved_gb": 0.0}
+            return {"allocated_gb": None, "reserved_gb": None}
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return {"allocated_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
 

@@ -38,7 +38,7 @@ BACKENDS = {
 def recipe(rig: Rig) -> Iterator[Row]:
     """The published recipe: heads."""
     size = 64 if rig.pretend else 8192
-    yield {"what": f"products of matrices of {size} x {size} in bf16", "tflops": matmul_rate(rig, size) / 1e12}
+    yield {"what": f"products of matrices of {size} x {size} in bf16", "teraflops_per_s": matmul_rate(rig, size) / 1e12}
     for aspect in (0.33, 1.0):
         yield from steps(rig, "default", aspect)
 
@@ -69,7 +69,7 @@ def step(rig: Rig, what: str, config: TrainConfig, model: VGGT, views: int = 0, 
     rate = sum(part.forward + part.backward for part in asked.values()) / took
     row = {"what": what, "images": scenes * views, "seconds": took, "images_per_s": scenes * views / took}
     peak = peak_rate(rig)
-    return row | {"tflops": rate / 1e12, "share_of_peak": peak and rate / peak, **rig.peaks()}
+    return row | {"teraflops_per_s": rate / 1e12, "share_of_peak": peak and rate / peak, **rig.peaks()}
 
 
 def peak_rate(rig: Rig) -> float | None:
@@ -126,12 +126,8 @@ def waits(rig: Rig) -> Iterator[Row]:
         places = Counter(waits_of(rig, run))
         number = sum(places.values())
         where = ", ".join(f"{place} ({times})" for place, times in places.items())
-        yield {
-            "what": f"a step of {name}",
-            "waits": number,
-            "where": where,
-            "good": number == (0 if rig.pretend else 1),
-        }
+        row = {"what": f"a step of {name}", "waits": number, "where": where}
+        yield row if rig.pretend else row | {"good": number == 1}
 
 
 def waits_of(rig: Rig, run: object) -> list[str]:
@@ -153,7 +149,7 @@ def memory(rig: Rig) -> Iterator[Row]:
         scenes, height = scenes_per_rank(config.max_img_per_gpu, views), rig.height(1.0)
         counted = counted_bytes(rig, config, scenes, views, height)
         row = step(rig, f"{name}: counted without content", config, rig.model(config))
-        truth = row.get("allocated_gb", 0.0) * 1e9
+        truth = (row.get("allocated_gb") or 0.0) * 1e9
         found = {"what": row["what"], "counted_gb": counted / 1e9, "allocated_gb": truth / 1e9}
         yield found | ({"counted_over_truth": counted / truth} if truth else {})
     total = max(BUDGETS) * 1e9 if rig.pretend else torch.cuda.get_device_properties(0).total_memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, pinhole
 from prep.importers.source import Capture, DepthFile, Distortion, Frame, Intrinsics, SparsePoints, by_number, frame_name
+
+log = logging.getLogger(__name__)
 
 TITLE = "sparse/ and images/ (COLMAP)"
 MAX_ERROR, MIN_VIEWS = 2.0, 3  # pixels of reprojection, and images, of a point that is taken
@@ -61,8 +63,8 @@ def _without_repeats(captures: list[Capture]) -> list[Capture]:
         if larger is None:
             kept.append(capture)
         else:
-            repeats = [(path, f"image of a smaller model of the same, {capture.name}") for path in sorted(paths)]
-            kept[kept.index(larger)] = replace(larger, unusable=larger.unusable + repeats)
+            places = [one.files[0].parent for one in (capture, larger)]
+            log.warning("%s: left out, as most of its %d images are in the larger %s", places[0], len(paths), places[1])
     return sorted(kept, key=lambda capture: capture.name)
 
 

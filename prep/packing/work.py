@@ -19,6 +19,7 @@ from shards.writer import remove_leftovers, write_json
 
 log = logging.getLogger(__name__)
 
+SHOWN = 5  # shards
 ShardReport = dict[str, list[Any]]  # bad, short and doubtful, as in PackResult
 NOTHING_TO_REPORT: ShardReport = {"bad": [], "short": [], "doubtful": []}
 JOB_FILE = "job.json"
@@ -34,7 +35,10 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     recorded = [job for job in plan if record_file(out, job.name).is_file()]
     changed = changed_shards(recorded, {job.name: _report(out, job.name).get("made_of") for job in recorded})
     if changed:
-        log.warning("%d finished shards are made again: files of theirs have other sizes or times now", len(changed))
+        names = ", ".join(sorted(changed)[:SHOWN]) + (
+            "" if len(changed) <= SHOWN else f" and {len(changed) - SHOWN} more"
+        )
+        log.warning("made again, as files of theirs have other sizes or times now: %s", names)
     for name in changed:
         record_file(out, name).unlink()
     bad = {job.name: len(_report(out, job.name)["bad"]) for job in recorded if is_done(out, job.name)}

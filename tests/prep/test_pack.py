@@ -486,7 +486,7 @@ def test_a_finished_set_is_made_again_where_its_files_have_changed(editable, tmp
     (out / first.tars[1]).unlink()
     done = vggt_prep(*command)
     assert done.returncode == 0, done.stderr
-    assert "1 finished shards are made again: files of theirs have other sizes or times now" in caplog.text
+    assert "made again, as files of theirs have other sizes or times now: train-000000" in caplog.text
     second = shards.open(out)
     ratio = second.frames["depth_scale"] / frames["depth_scale"]
     changed = second.frames["sequence"] == 0

@@ -217,7 +217,7 @@ def test_a_rebuilt_index_keeps_the_pairs_of_the_same_frames_only(copied, caplog)
     (copied / "train-000000.tar").unlink()
     with caplog.at_level("WARNING"):
         assert vggt_prep("index", copied).returncode == 0
-    assert "was of other frames, and is removed; make it with: vggt-prep pairs" in caplog.text
+    assert "was of other frames, and is removed; pack makes it again, else: vggt-prep pairs" in caplog.text
     assert not shards.open(copied).has_pairs
     assert not (copied / PAIRS_FILE).exists()
 

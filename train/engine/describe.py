@@ -94,7 +94,8 @@ def _parts(model: VGGT) -> str:
             sum(p.numel() for p in module.parameters() if p.requires_grad or not only) / 1e6 for only in (True, False)
         )
         some = f", {trained:.2f} M of them trained"
-        parts.append(f"{name} {total:.1f} M" + ("" if trained == total else some if trained else " (frozen)"))
+        all_of_it = trained > 0.99 * total  # a token that only pre-training used is frozen
+        parts.append(f"{name} {total:.1f} M" + ("" if all_of_it else some if trained else " (frozen)"))
     return ", ".join(parts)
 
 

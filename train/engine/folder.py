@@ -119,6 +119,12 @@ def load_run(path: Path) -> dict[str, Any]:
 def check_resumable(saved: dict[str, Any], config: TrainConfig, shard_sets: Sequence[ShardSet]) -> None:
     """Raises ValueError if the run in out_dir was another one: other settings, or none of the data."""
     if not {shard_set.digest for shard_set in shard_sets} & saved_streams(saved).keys():
+        again = {str(shard_set) for shard_set in shard_sets} & {*saved.get("places", {}).values()}
+        if again:
+            raise ValueError(
+                f"{min(again)}: was packed again, and holds other frames than {config.out_dir} was trained on; "
+                f"{_elsewhere(config)}"
+            )
         raise ValueError(
             f"{config.out_dir}: was trained on other shards than {config.data.shards}; {_elsewhere(config)}"
         )

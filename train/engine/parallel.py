@@ -32,6 +32,8 @@ def distribute(model: VGGT, strategy: Strategy, *, bf16: bool, world: World) -> 
     if world.size == 1:
         return model
     if strategy == "ddp":
+        # Of a convolution of 1 x 1, whose gradient may lie in memory in either of two ways.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return shard(model, bf16=bf16, world=world)
 

@@ -70,6 +70,18 @@ class Run:
 
     def train(self, state: DataState) -> Ending:
         """From `state` to the last step, or why not. Raises ValueError if it must not continue."""
+        steps = self.config.profile_steps if self.world.is_main else 0
+        profiler = StepProfiler(steps, self.model, self.world.device, self.out_dir)
+        left = self.config.total_steps - state.step
+        if 0 < left < profiler.needs:
+            self.reporter.say(f"profile_steps={steps} needs {profiler.needs} steps, and there are {left}")
+        try:
+            return self._train(state, profiler)
+        finally:
+            if words := profiler.report(ended=True):
+                self.reporter.say(words)
+
+    def _train(self, state: DataState, profiler: StepProfiler) -> Ending:
         config, world, reporter, total = self.config, self.world, self.reporter, self.config.total_steps
         batches = stream(
             lambda last: TrainingSteps(self.train_split, self.plan, world.rank, last or state, total),
@@ -80,8 +92,6 @@ class Run:
         if is_validation_step(config, state.step) and (ending := self._validate(state)):
             return ending
         window, tally = Window(), Tally(config, world)
-        profiled = config.profile_steps if world.is_main else 0
-        profiler = StepProfiler(profiled, self.model, world.device, self.out_dir)
         while state.step < total:
             with profiler.step():
                 began = time.perf_counter()
@@ -114,8 +124,6 @@ class Run:
                 self._save(state)
             if is_validation_step(config, step) and (ending := self._validate(state)):
                 return ending
-        if profiler.missing:
-            reporter.say(f"profile_steps={profiled}: the run ended {profiler.missing} steps before there was a profile")
         if tally.bad:
             reporter.say(f"{tally.bad} of {tally.tried} frames were damaged and replaced: {tally.files}")
         return "finished"

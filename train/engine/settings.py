@@ -116,8 +116,9 @@ class TrainConfig:
         for name in ("epochs", "steps_per_epoch", "max_img_per_gpu", "accum_steps", "val_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63 or min(self.max_skipped, self.profile_steps) < 0:  # torch takes no more
-            raise ValueError("seed, max_skipped, profile_steps: expected at least 0, and the seed less than 2^63")
+        for name in ("seed", "max_skipped", "profile_steps"):
+            if not 0 <= getattr(self, name) < 2**63:  # torch takes no larger seed
+                raise ValueError(f"{name}: expected at least 0, and less than 2^63, found {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, or null for epochs, found {self.max_steps}")
         if self.max_img_per_gpu < self.data.views[1]:

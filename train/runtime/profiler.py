@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ WARM_UP = 3  # steps that are not like the others: memory is taken, kernels are 
 TRACED = 2  # steps in the trace, which has a hundred thousand lines for each
 FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json.gz", "table.txt"
 STEP, OTHER = "the whole step", "everything else"
+VIEWER = "https://ui.perfetto.dev"
 
 Moment = Any  # seconds or, on a GPU, an event
 
@@ -49,6 +51,7 @@ class StepProfiler:
         self.moments: list[tuple[str, Moment, Moment]] = []
         self.hooks: list[RemovableHandle] = []
         self.trace: profile | None = None
+        self.reported = steps == 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -61,6 +64,7 @@ class StepProfiler:
         if not self.hooks:
             self.hooks = [hook for name, module in self.model.named_children() for hook in _hooks(name, module)]
         if number == self.traced.start:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what it logs is for those who work on it
             on_gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
             self.trace = profile(activities=[ProfilerActivity.CPU, *on_gpu])
             self.trace.start()
@@ -83,30 +87,31 @@ class StepProfiler:
         if self.trace is None:  # which makes everything slower
             self.moments.append((name, began, self.now()))
 
-    def report(self) -> str | None:
-        """After the last of its steps: write table and trace, and say what they are."""
-        if self.trace is None or self.began < self.traced.stop:
+    @property
+    def needs(self) -> int:
+        """Steps, from its first to its last."""
+        return self.traced.stop
+
+    def report(self, *, ended: bool = False) -> str | None:
+        """Write what there is, once it is complete or the run has ended, and say what it is; None: nothing to say."""
+        complete, timed = self.began >= self.needs, self.began >= self.timed.stop
+        if self.reported or not timed or not (complete or ended):
             return None
-        trace, self.trace = self.trace, None
-        trace.stop()
+        self.reported = True
         for hook in self.hooks:
             hook.remove()
-        table = self._table()
+        if self.trace is not None:  # one that goes on ends the process by a signal
+            self.trace.stop()
+        table, words = self._table(), f"the table is in {self.folder / TABLE_FILE}"
         try:
             self.folder.mkdir(exist_ok=True)
             (self.folder / TABLE_FILE).write_text(f"{table}\n")
-            trace.export_chrome_trace(str(self.folder / TRACE_FILE))
+            if complete and self.trace is not None:
+                self.trace.export_chrome_trace(str(self.folder / TRACE_FILE))
+                words += f", and a trace of {TRACED} more steps in {TRACE_FILE} beside it: open that at {VIEWER}"
         except OSError as error:  # nothing to lose a run for
-            return f"{table}\n{self.folder}: cannot be written ({error.strerror})"
-        return (
-            f"{table}\nthe table is in {self.folder / TABLE_FILE}, and a trace of {TRACED} more steps in {TRACE_FILE} "
-            "beside it: open that at https://ui.perfetto.dev"
-        )
-
-    @property
-    def missing(self) -> int:
-        """Steps that it still waits for."""
-        return max(0, self.traced.stop - self.began)
+            words = f"{self.folder}: cannot be written ({error.strerror})"
+        return f"{table}\n{words}"
 
     def _table(self) -> str:
         """Seconds of each part of a step, on average, and its share."""
