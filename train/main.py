@@ -221,22 +221,21 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
     `init` that is in another place than before, and is another one.
     """
     chosen, state = config.model, None
-    needs_init, has_moved = (
-        saved is None or chosen.lora is not None,
-        saved and saved["config"].get("init") != config.init,
-    )
-    if config.init is not None and (needs_init or has_moved):
+    known = None if saved is None else saved.get("init_fingerprint")
+    needs_init = saved is None or chosen.lora is not None
+    if config.init is not None and needs_init:
         state = read_init(config.init, chosen.preset)  # first: a large model takes long to make
+    elif saved is not None and known is not None and saved["config"].get("init") != config.init:
+        init = str(config.init)
+        world.from_main(lambda: checked_fingerprint(read_init(init, chosen.preset), init, known))
     torch.manual_seed(config.seed)
     model = VGGT(
         preset(chosen.preset, heads=config.loss.heads, head_chunk=chosen.head_chunk, recompute=chosen.recompute)
     )
-    init_fingerprint = None if saved is None else saved.get("init_fingerprint")
     if state is not None:
         init = str(config.init)
-        if needs_init:
-            fill(model, state, init)
-        init_fingerprint = world.from_main(partial(checked_fingerprint, state, init, init_fingerprint))
+        fill(model, state, init)
+        known = world.from_main(partial(checked_fingerprint, state, init, known))
         del state
     elif saved is None and config.loss.match > 0:
         start_matching(model)
@@ -249,7 +248,7 @@ def make_model(config: TrainConfig, saved: dict[str, Any] | None, world: World) 
         attach(model, chosen.lora)
     if saved is not None:
         load_weights(model, chosen, saved["model"])
-    return model, init_fingerprint
+    return model, known
 
 
 def read_init(init: str, name: str) -> dict[str, Tensor]:

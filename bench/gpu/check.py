@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -103,6 +105,7 @@ def main() -> None:
         run_stage(arguments.stage, arguments.pretend)
     else:
         out = arguments.out or (Path(mkdtemp()) if arguments.pretend else ROOT / "docs" / "gpu")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             sys.exit(check(arguments.minutes, out, arguments.pretend))
         except KeyboardInterrupt:
@@ -116,7 +119,7 @@ def run_stage(name: str, pretend: bool) -> None:
 
     from bench.gpu.rig import ROW, Rig
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name not in ("tests", "parity")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "parity"
     for row in stage_function(name)(Rig(pretend)):
         print(f"{ROW}{json.dumps(row)}", flush=True)
 
@@ -155,6 +158,17 @@ def about(pretend: bool) -> dict[str, Any]:
     return {"gpu": name, "cores": len(os.sched_getaffinity(0)), **facts, "stages": {}}
 
 
+def finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """With what it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def rows_of(name: str, stage: Stage, pretend: bool, limit: float, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of a stage as they come; sets result["state"], and why if it failed. limit: seconds."""
     command = [sys.executable, __file__, "--stage", name, *(["--pretend"] if pretend else [])]
@@ -172,22 +186,26 @@ def rows_of(name: str, stage: Stage, pretend: bool, limit: float, result: dict[s
     assert process.stdout is not None
     began, said = time.monotonic(), []
     result["state"] = "running"
-    previous = signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
+    late = []
+
+    def stop(*_: object) -> None:
+        late.append(True)
+        kill(process)
+
+    previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         for line in process.stdout:
             if line.startswith(ROW):
-                yield json.loads(line.removeprefix(ROW))
+                yield {key: finite(value) for key, value in json.loads(line.removeprefix(ROW)).items()}
             else:
                 said.append(line.rstrip())
         code = process.wait()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
     result["seconds"] = round(time.monotonic() - began, 1)
-    late = code == -signal.SIGKILL and result["seconds"] >= limit  # and not killed for its memory
     result["state"] = "done" if code == 0 else STOPPED if late else "failed"
     if result["state"] == "failed":
         result["said"] = said[-20:]

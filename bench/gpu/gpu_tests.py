@@ -32,7 +32,8 @@ def gpu_tests(rig: Rig) -> Iterator[Row]:
             yield json.loads(line.partition(ROW)[2])
         else:
             print(line, end="")
-    process.wait()
+    if process.wait() not in (0, 1):  # 1: some failed, which their rows say
+        raise RuntimeError(f"pytest ended with {process.returncode}")
 
 
 def pytest_runtest_logreport(report: Any) -> None:

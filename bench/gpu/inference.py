@@ -32,6 +32,7 @@ def forward(rig: Rig, model: VGGT, views: int, keep: bool) -> Row:
     try:
         with keeping_all(model) if keep else nullcontext():
             took = rig.seconds(run)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        rig.check_memory(error)
         return {"error": "out of memory"}
     return {"seconds": took, "images_per_s": views / took, **rig.peaks()}

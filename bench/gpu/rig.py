@@ -25,6 +25,7 @@ from vggt import VGGT, preset
 from vggt.memory import hold_in_bf16
 
 ROOT = Path(__file__).parents[2]
+NO_MEMORY = ("out of memory", "unable to find an engine", "ALLOC_FAILED")  # of CUDA, cuDNN, cuBLAS
 ROW = "ROW "  # begins a line of a stage that is one of its rows
 Row = dict[str, Any]
 
@@ -68,11 +69,10 @@ class Rig:
         return max(14, round(self.width * aspect / 14) * 14)
 
     def recipe(self, name: str, *settings: str) -> TrainConfig:
-        own = (f"model.preset={self.size}", f"data.width={self.width}", "init=unused", "data.shards=unused")
-        views = f"data.views=[2, {max(self.views)}]"
-        return load_config(
-            ROOT / "train" / "configs" / f"{name}.yaml", [*own, views, f"max_img_per_gpu={self.images}", *settings]
-        )
+        own = [f"model.preset={self.size}", f"data.width={self.width}", "init=unused", "data.shards=unused"]
+        if self.pretend:
+            own += [f"data.views=[2, {max(self.views)}]", f"max_img_per_gpu={self.images}"]
+        return load_config(ROOT / "train" / "configs" / f"{name}.yaml", [*own, *settings])
 
     def model(self, config: TrainConfig) -> VGGT:
         """Of random weights on the device, as train/main.py makes it from a checkpoint."""
@@ -133,6 +133,11 @@ class Rig:
         if not self.pretend:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+    def check_memory(self, error: RuntimeError) -> None:
+        """Raises what is none of a lack of memory, which libraries say in their own words."""
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in NO_MEMORY):
+            raise error
 
     def peaks(self) -> Row:
         """Since the last `forget`: of what tensors took, and of what was held for them."""

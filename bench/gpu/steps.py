@@ -24,10 +24,21 @@ from vggt.flops import step_flops
 from vggt.layers import Block, compile_blocks
 
 # Operations a second in bf16, dense, by NVIDIA's data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
 BUDGETS = (12, 16, 24, 40, 80)  # GB
+MOST = 384  # images that are tried
 CHUNKS = (1, 2, 4, 8)
 ENCODED = (2, 4, 8)
+IN_FLOAT32 = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # of the camera head, which the others cannot
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -51,7 +62,7 @@ def others(rig: Rig) -> Iterator[Row]:
 def steps(rig: Rig, name: str, aspect: float) -> Iterator[Row]:
     config = rig.recipe(name)
     model = rig.model(config)
-    for views in rig.views:
+    for views in (views for views in rig.views if views <= config.data.views[1]):
         what = f"{name}, {views} views of {rig.height(aspect)}x{rig.width}"
         yield step(rig, what, config, model, views, aspect)
 
@@ -63,7 +74,8 @@ def step(rig: Rig, what: str, config: TrainConfig, model: VGGT, views: int = 0, 
     rig.forget(model.parameters())
     try:
         took = rig.seconds(rig.step(config, scenes, views, height, model))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        rig.check_memory(error)
         return {"what": what, "images": scenes * views, "good": False, "error": "out of memory"}
     asked = step_flops(model, scenes, views, height, rig.width)
     rate = sum(part.forward + part.backward for part in asked.values()) / took
@@ -92,11 +104,8 @@ def variants(rig: Rig) -> Iterator[Row]:
     config = rig.recipe("lora")
     model = rig.model(config)
     for name, backend in BACKENDS.items():
-        with sdpa_kernel(backend) if not rig.pretend else nullcontext():
-            try:
-                yield step(rig, f"lora, {name} attention", config, model)
-            except RuntimeError as error:
-                yield {"what": f"lora, {name} attention", "error": str(error).splitlines()[0]}
+        with sdpa_kernel([backend, *IN_FLOAT32], set_priority=True):
+            yield step(rig, f"lora, {name} attention", config, model)
     model.aggregator.keep_every_block()
     yield step(rig, "lora, every block keeps its input", config, model)
     with eager_compiler() if rig.pretend else nullcontext():
@@ -173,11 +182,11 @@ def counted_bytes(rig: Rig, config: TrainConfig, scenes: int, views: int, height
 
 
 def most_images(rig: Rig, config: TrainConfig, model: VGGT, fraction: float) -> int:
-    """The most in steps of the middle number of views, to a tenth, in that part of the memory."""
+    """The most in steps of the middle number of views, to a tenth, in that part of the memory; at most about MOST."""
     if not rig.pretend:
         torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
     fits, fails, views = 0, 0, rig.views[1]
-    while fails == 0 or fails - fits > max(1, fits // 10):
+    while fits * views < MOST and (fails == 0 or fails - fits > max(1, fits // 10)):
         scenes = (fits + fails) // 2 if fails else max(1, 2 * fits)
         if runs(rig, config, model, scenes, views):
             fits = scenes
@@ -197,6 +206,7 @@ def runs(rig: Rig, config: TrainConfig, model: VGGT, scenes: int, views: int) ->
         run()
         run()  # with the optimizer's moments
         rig.wait()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        rig.check_memory(error)
         return False
     return True

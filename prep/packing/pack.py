@@ -21,16 +21,16 @@ from prep.packing.work import (
     JOB_FILE,
     check_place,
     finish,
-    is_current,
     is_done,
     is_whole,
     kept_shards,
     read_report,
     reopen,
+    tell_changed,
 )
 from shards.index import sha256
 from shards.locks import locked
-from shards.schema import WORK_FOLDER
+from shards.schema import DATASET_FILE, WORK_FOLDER
 from shards.writer import remove_leftovers, write_json
 
 PATIENCE = 90  # seconds
@@ -85,8 +85,9 @@ def pack(
     job = json.loads(json.dumps({"source": described, "options": asdict(options)}))  # as it will be read again
     check_place(out, job)
     work = out / WORK_FOLDER
-    ended = not (work / JOB_FILE).exists()  # where there is a job, another pack may be at work
-    if ended and is_whole(out) and is_current(out, plan):
+    if (out / DATASET_FILE).exists():
+        tell_changed(out, plan)
+    if is_whole(out) and not (work / JOB_FILE).exists():  # where there is a job, another pack may be at work
         shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
         on_plan(total, total)
         return _result(out, source, in_both)

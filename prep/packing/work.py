@@ -27,21 +27,20 @@ MADE_OF_FILE = "made_of.json"  # of a finished set: what tells the files of each
 
 
 def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, int]:
-    """The finished shards whose files are still as they were, and how many bad frames each has.
+    """The shards of an unfinished pack whose files are still as they were, and how many bad frames each has.
 
-    If there are too many bad frames, shards with any are repacked: the dataset may have been repaired since. Records of
-    shards that are not kept are removed, but of those whose tars need only be indexed again.
+    If there are too many bad frames, shards with any are repacked: the dataset may have been repaired since. Of a
+    finished set that lost files nothing else is made again: what replaces it may be worse.
     """
-    recorded = [job for job in plan if record_file(out, job.name).is_file()]
-    changed = changed_shards(recorded, {job.name: _report(out, job.name).get("made_of") for job in recorded})
+    done = [job for job in plan if is_done(out, job.name)]
+    changed = changed_shards(done, {job.name: _report(out, job.name).get("made_of") for job in done})
+    if (out / DATASET_FILE).exists():
+        changed = set()
     if changed:
-        names = ", ".join(sorted(changed)[:SHOWN]) + (
-            "" if len(changed) <= SHOWN else f" and {len(changed) - SHOWN} more"
-        )
-        log.warning("made again, as files of theirs have other sizes or times now: %s", names)
+        log.warning("made again, as files of theirs have other sizes or times now: %s", shortened(sorted(changed)))
     for name in changed:
         record_file(out, name).unlink()
-    bad = {job.name: len(_report(out, job.name)["bad"]) for job in recorded if is_done(out, job.name)}
+    bad = {job.name: len(_report(out, job.name)["bad"]) for job in done if job.name not in changed}
     too_many = sum(bad.values()) > most_bad
     kept = {name: count for name, count in bad.items() if not (too_many and count)}
     for name in bad.keys() - kept.keys():
@@ -57,9 +56,20 @@ def changed_shards(jobs: list[ShardJob], made_of: dict[str, str | None]) -> set[
     return {job.name for job, now in zip(known, digests, strict=True) if now not in (None, made_of[job.name])}
 
 
-def is_current(out: Path, plan: list[ShardJob]) -> bool:
-    """Whether a finished set is of the files that are there now, as far as that can be told."""
-    return not changed_shards(plan, _read_made_of(out))
+def tell_changed(out: Path, plan: list[ShardJob]) -> None:
+    """Warn of what a finished set was made of and has changed since."""
+    changed = [name for name in changed_shards(plan, _read_made_of(out)) if (out / f"{name}.tar").exists()]
+    if changed:
+        log.warning(
+            "%s: files of %s have other sizes or times than when it was packed; to pack them again, remove these tars, "
+            "and give the same command",
+            out,
+            shortened(sorted(changed)),
+        )
+
+
+def shortened(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _read_made_of(out: Path) -> dict[str, str | None]:

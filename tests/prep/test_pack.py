@@ -471,31 +471,41 @@ def test_packing_again_does_nothing_and_another_way_is_refused(captures, shard_d
     assert "holds shards of another dataset" in part.stderr
 
 
-def test_a_finished_set_is_made_again_where_its_files_have_changed(editable, tmp_path, caplog):
-    """And no other part of it; also the part whose tar is there, where that of another was removed."""
+def test_what_changed_since_a_set_was_packed_is_said_and_made_again_where_its_tar_is_removed(
+    editable, tmp_path, caplog
+):
     out = tmp_path / "set"
     command = ("pack", *source_options(editable), "--out", out, "--short-side", 150, "--shard-frames", 60, "--no-pairs")
     assert vggt_prep(*command).returncode == 0
-    first = shards.open(out)
-    frames, other = first.frames.copy(), out / first.tars[-1]
-    written = other.stat().st_mtime_ns
-    name = first.sequences[0]["name"].decode()
+    first, before = shards.open(out), tree(out)
+    frames, name = first.frames.copy(), first.sequences[0]["name"].decode()
     for path in (editable / "co3d").glob(f"*/{name}/depths/*"):
         bits = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         cv2.imwrite(str(path), (bits.view(np.float16) / 2).view(np.uint16))
-    (out / first.tars[1]).unlink()
+    for image in sorted((editable / "co3d").glob(f"*/{name}/images/*"))[:20]:
+        image.write_bytes(image.read_bytes()[:1000])
     done = vggt_prep(*command)
-    assert done.returncode == 0, done.stderr
-    assert "made again, as files of theirs have other sizes or times now: train-000000" in caplog.text
-    second = shards.open(out)
-    ratio = second.frames["depth_scale"] / frames["depth_scale"]
-    changed = second.frames["sequence"] == 0
-    assert np.allclose(ratio[~changed], 1)
-    assert not (second.frames["depth_crc"][changed] == frames["depth_crc"][changed]).all() or np.allclose(
-        ratio[changed], 0.5
+    assert "packed before: nothing to do" in done.stdout
+    assert (
+        "files of train-000000 have other sizes or times than when it was packed; to pack them again, rem"
+        in caplog.text
     )
-    assert other.stat().st_mtime_ns == written
-    assert "packed before: nothing to do" in vggt_prep(*command).stdout
+    assert tree(out) == before
+    (out / first.tars[1]).unlink()
+    assert vggt_prep(*command).returncode == 0  # not the first one: what is there may be worse, as here
+    assert tree(out) == before
+    (out / first.tars[0]).unlink()
+    assert "20 x image is damaged" in vggt_prep(*command).stderr
+    done = vggt_prep(*command, "--max-bad", 0.2, "--min-frames", 1)
+    assert done.returncode == 1  # other options: another set
+    for image in (editable / "co3d").glob(f"*/{name}/images/*"):
+        source = next(path for path in image.parent.iterdir() if path.stat().st_size > 1000)
+        image.write_bytes(source.read_bytes())
+    assert vggt_prep(*command).returncode == 0
+    again = shards.open(out)
+    same = again.frames["depth_crc"] == frames["depth_crc"]
+    assert same[again.frames["sequence"] > 0].all()
+    assert not same[again.frames["sequence"] == 0].any()
 
 
 def test_a_part_of_the_download_just_works(editable, tmp_path):

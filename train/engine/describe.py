@@ -104,7 +104,7 @@ def _exchange(config: TrainConfig, model: VGGT, world: World) -> str:
         return ""
     bf16, chunks = config.precision == "bf16", config.accum_steps
     traffic = step_traffic(model, config.strategy, bf16=bf16, chunks=chunks, ranks=world.size)
-    return f"; in a step each sends {traffic.sent / 1e6:,.1f} MB to others"
+    return f"; in a step each sends up to {traffic.sent / 1e6:,.1f} MB to others"
 
 
 def _adapters(config: TrainConfig, model: VGGT) -> str:

@@ -51,10 +51,13 @@ def began_from(source: str) -> list[str]:
     if saved is None or init is None or not (init == NANO.name or Path(init).expanduser().exists()):
         return []
     expected = saved.get("init_fingerprint")  # older runs have none
-    if expected is not None and fingerprint(read_checkpoint(init)[0]) != expected:
-        log.warning("%s began from %s, where another checkpoint is now: not compared with it", source, init)
-        return []
-    return [init]
+    try:
+        same = expected in (None, fingerprint(read_checkpoint(init)[0]))
+    except ValueError:
+        same = False
+    if not same:
+        log.warning("%s began from %s, where something else is now: not compared with it", source, init)
+    return [init] * same
 
 
 def trained_before(source: str | None, expected: str | None = None) -> tuple[list[Part], list[str]]:

@@ -101,14 +101,7 @@ class Run:
                 if not isinstance(raw, dict):
                     self._abandon_step(state)
                     return self._end_early(state, self._problem_of_any(raw))
-                try:
-                    outcome, lr = self._take_step(raw)
-                except ValueError as error:  # memory is short
-                    if world.size > 1:  # the others are not here, to save with this one
-                        raise
-                    return self._end_early(state, error)
-            if words := profiler.report():
-                reporter.say(words)
+                outcome, lr = self._take_step(raw)
             if outcome.abandoned:
                 return self._end_early(state, self._problem_of_any(None))
             state, step = raw["after"], raw["after"].step
@@ -118,6 +111,8 @@ class Run:
                 self._account(raw, outcome, lr, window, tally)
             except ValueError as error:  # on every rank
                 return self._end_early(state, error)
+            if words := profiler.report():
+                reporter.say(words)
             if outcome.stop and step < total:
                 return self._end_early(state, None)
             if step % config.checkpoint.every == 0 or step == total:

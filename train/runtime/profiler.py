@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.hooks import RemovableHandle
 
 WARM_UP = 3  # steps that are not like the others: memory is taken, kernels are chosen
-TRACED = 2  # steps in the trace, which has a hundred thousand lines for each
 FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json.gz", "table.txt"
 STEP, OTHER = "the whole step", "everything else"
 VIEWER = "https://ui.perfetto.dev"
@@ -38,7 +37,7 @@ def part(name: str) -> Iterator[None]:
 
 
 class StepProfiler:
-    """Times the parts of `steps` steps, and traces others after them. For one process, and its device.
+    """Times the parts of `steps` steps, and traces one more after them. For one process, and its device.
 
     model: whose modules make the parts of its forward pass.
     """
@@ -46,7 +45,7 @@ class StepProfiler:
     def __init__(self, steps: int, model: nn.Module, device: torch.device, out_dir: Path) -> None:
         self.model, self.device, self.folder = model, device, out_dir / FOLDER
         self.timed = range(WARM_UP, WARM_UP + steps)
-        self.traced = range(self.timed.stop, self.timed.stop + TRACED) if steps else range(0)
+        self.traced = self.timed.stop if steps else None  # this one
         self.began = 0  # steps
         self.moments: list[tuple[str, Moment, Moment]] = []
         self.hooks: list[RemovableHandle] = []
@@ -58,19 +57,18 @@ class StepProfiler:
         """Surrounds each step."""
         global _active
         number, self.began = self.began, self.began + 1
-        if number not in self.timed and number not in self.traced:
+        if number not in self.timed and number != self.traced:
             yield
             return
         if not self.hooks:
             self.hooks = [hook for name, module in self.model.named_children() for hook in _hooks(name, module)]
-        if number == self.traced.start:
+        if number == self.traced:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what it logs is for those who work on it
             on_gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
             self.trace = profile(activities=[ProfilerActivity.CPU, *on_gpu])
-            self.trace.start()
         _active = self
         try:
-            with part(STEP):
+            with self.trace or nullcontext(), part(STEP):
                 yield
         finally:
             _active = None
@@ -90,7 +88,7 @@ class StepProfiler:
     @property
     def needs(self) -> int:
         """Steps, from its first to its last."""
-        return self.traced.stop
+        return 0 if self.traced is None else self.traced + 1
 
     def report(self, *, ended: bool = False) -> str | None:
         """Write what there is, once it is complete or the run has ended, and say what it is; None: nothing to say."""
@@ -100,15 +98,13 @@ class StepProfiler:
         self.reported = True
         for hook in self.hooks:
             hook.remove()
-        if self.trace is not None:  # one that goes on ends the process by a signal
-            self.trace.stop()
         table, words = self._table(), f"the table is in {self.folder / TABLE_FILE}"
         try:
             self.folder.mkdir(exist_ok=True)
             (self.folder / TABLE_FILE).write_text(f"{table}\n")
             if complete and self.trace is not None:
                 self.trace.export_chrome_trace(str(self.folder / TRACE_FILE))
-                words += f", and a trace of {TRACED} more steps in {TRACE_FILE} beside it: open that at {VIEWER}"
+                words += f", and a trace of one more step in {TRACE_FILE} beside it: open that at {VIEWER}"
         except OSError as error:  # nothing to lose a run for
             words = f"{self.folder}: cannot be written ({error.strerror})"
         return f"{table}\n{words}"

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from threading import Thread
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 IMPATIENT = (signal.SIGTERM, signal.SIGINT)  # another one of these kills, if it comes later than
@@ -18,12 +18,22 @@ class Interrupted(BaseException):
     """A signal came while the run waited for data. No `except Exception` on the way may take it for an error."""
 
 
+def _kill_if_asked_again(heard: int) -> None:
+    """In a thread of its own, as the main one may hang where no handler of Python's runs."""
+    first = None
+    while number := os.read(heard, 1):
+        if number[0] not in IMPATIENT:
+            continue
+        first = first or time.monotonic()
+        if time.monotonic() - first > REPEATED:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class StopRequest:
     """Whether a signal has asked this process to stop."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._asked_at = 0.0
         self._waits = False
 
     def listen(self) -> None:
@@ -34,13 +44,13 @@ class StopRequest:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        Thread(target=_kill_if_asked_again, args=(heard,), daemon=True).start()
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if not self.asked:
-            self.asked, self._asked_at = True, time.monotonic()
-        elif number in IMPATIENT and time.monotonic() - self._asked_at > REPEATED:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _note(self, *_: object) -> None:
+        self.asked = True
         if self._waits:
             self._waits = False
             raise Interrupted

@@ -26,7 +26,8 @@ from train.runtime.distributed import World
 from vggt import VGGT, preset
 from vggt.memory import hold_in_bf16
 
-pytestmark = pytest.mark.gpu
+# CUDA and nccl warn once of much that is no error.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 if not torch.cuda.is_available() and "PRETEND_GPU" not in os.environ:
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 ON_GPU = torch.cuda.is_available()
@@ -176,9 +177,12 @@ def test_a_resumed_run_is_the_same_to_the_bit_with_deterministic_algorithms(shar
 
 
 PLAIN = """
+import torch
 import train.main
 if __name__ == "__main__":
     train.main.main()
+    held = torch.cuda.memory_snapshot() if torch.cuda.is_available() else []
+    print("expandable", any(segment["is_expandable"] for segment in held))
 """
 
 
@@ -186,6 +190,7 @@ def test_segments_that_expand_change_nothing(shard_dir, tmp_path):
     for name, settings in (("plain", {}), ("expandable", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})):
         done = run_script(PLAIN, shard_dir, tmp_path / name, "max_steps=3", **settings)
         assert done.returncode == 0, done.stderr
+        assert f"expandable {ON_GPU and bool(settings)}" in done.stdout
     one, two = metrics(tmp_path / "plain"), metrics(tmp_path / "expandable")
     assert one.keys() == two.keys()
     for line, terms in one.items():

@@ -92,16 +92,15 @@ def test_a_profile_says_where_the_time_of_steps_goes_and_changes_nothing(shard_d
     assert float(parts["everything else"]) < 0.3 * whole
     with gzip.open(out / "profile" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
-    assert sum(event["name"] == "backward" for event in events) == 4  # of two steps of two chunks
+    assert sum(event["name"] == "backward" for event in events) == 2  # of the step's chunks
     assert sum(event["name"] == "aten::addmm" for event in events) > 100
 
 
 def test_a_run_too_short_for_its_profile_says_so_and_what_there_is(shard_dir, tmp_path):
-    """It ends within the trace, which must not go on: PyTorch would end the process with a fault of memory."""
     out = tmp_path / "run"
-    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=6", "profile_steps=2")
+    done = run_trainer(shard_dir, out, *SCRATCH, "max_steps=5", "profile_steps=2")
     assert done.returncode == 0, done.stderr
-    assert "profile_steps=2 needs 7 steps, and there are 6" in done.stdout
+    assert "profile_steps=2 needs 6 steps, and there are 5" in done.stdout
     assert "on average over 2; of these" in (out / "profile" / "table.txt").read_text()
     assert not (out / "profile" / "trace.json.gz").exists()
 
@@ -211,7 +210,10 @@ def test_what_lies_at_the_place_of_init_now_is_not_taken_for_what_a_run_began_fr
     state = torch.load(init, weights_only=True)
     torch.save(state | {"camera_head.empty_pose_tokens": torch.ones(1, 1, 9)}, init)
     assert began_from(saved) == []
-    assert "where another checkpoint is now: not compared with it" in caplog.text
+    init.write_bytes(b"no checkpoint")
+    assert began_from(saved) == []
+    torch.save(state | {"camera_head.empty_pose_tokens": torch.ones(1, 1, 9)}, init)
+    assert "where something else is now: not compared with it" in caplog.text
     init.rename(tmp_path / "elsewhere.pt")
     done = run_trainer(shard_dir, out, *settings, f"init={tmp_path / 'elsewhere.pt'}", "max_steps=2")
     assert done.returncode == 1
@@ -382,7 +384,7 @@ def test_default_yaml_fine_tunes_a_published_checkpoint_under_torchrun(shard_dir
     options = (f"init={published}", "max_steps=3")
     done = run_trainer(shard_dir, out, *options, "precision=bf16", processes=2, config="train/configs/default.yaml")
     assert done.returncode == 0, done.stderr
-    assert "in a step each sends 2.9 MB to others" in done.stdout
+    assert "in a step each sends up to 2.9 MB to others" in done.stdout
     trained, init = checkpoint(out, 3)["model"], torch.load(published, weights_only=True)
     for name, value in trained.items():
         frozen = name.startswith("aggregator.")

@@ -27,7 +27,6 @@ from train.data.split import Split
 from train.engine.folder import check_place
 from train.report.logger import Reporter
 from train.runtime.jsonl import read_jsonl
-from train.runtime.stop import REPEATED, StopRequest
 
 STEPS = ["max_steps=2000", "checkpoint.every=5000", WORKER]
 
@@ -74,15 +73,30 @@ def test_a_signal_that_comes_twice_at_once_still_saves(shard_dir, tmp_path):
     assert (out / "requeue").exists()
 
 
-def test_a_signal_that_is_given_again_kills(monkeypatch):
-    killed, stop = [], StopRequest()
-    monkeypatch.setattr("os.kill", lambda pid, number: killed.append((pid, number)))
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    for later in (0, REPEATED - 0.5, REPEATED + 0.5):
-        assert not killed
-        monkeypatch.setattr("time.monotonic", lambda later=later: 1000 + later)
-        stop._note(signal.SIGTERM, None)
-    assert killed == [(os.getpid(), signal.SIGTERM)]
+HANGS = """
+from datetime import timedelta
+import torch.distributed as dist
+from train.runtime import stop
+stop.REPEATED = 0.5
+stop.StopRequest().listen()
+print("hangs", flush=True)
+dist.HashStore().wait(["never"], timedelta(seconds=60))
+"""
+
+
+@pytest.mark.parametrize(("signals", "dies"), [("TERM TERM", True), ("USR1 TERM", False), ("INT HUP TERM", True)])
+def test_a_signal_that_is_given_again_kills_also_what_hangs_outside_of_python(signals, dies):
+    """SIGTERM or SIGINT, that is; after SIGUSR1, which schedulers send ahead, the first of them is not given again."""
+    process = subprocess.Popen([sys.executable, "-c", HANGS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "hangs\n"
+    for name in signals.split():
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        time.sleep(0.7)
+    try:
+        assert (process.poll() == -signal.SIGKILL) == dies
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_run_that_fails_at_once_does_not_ask_to_be_started_again(shard_dir, tmp_path):
