@@ -59,20 +59,6 @@ def saved_step(out):
 # A signal saves
 
 
-def test_a_signal_that_comes_twice_at_once_still_saves(shard_dir, tmp_path):
-    """From the scheduler, to all processes, and from torchrun, which hears it, too."""
-    out = tmp_path / "run"
-    process = start(trainer(shard_dir, out, *SCRATCH, *STEPS))
-    wait_for_step(out, 2, process)
-    for pause in (0.001, 0.05, 0.2):
-        os.killpg(process.pid, signal.SIGTERM)
-        time.sleep(pause)
-    assert "stopped, and saved" in ends_within(process, 60)
-    assert process.returncode == 0
-    assert saved_step(out) >= 2
-    assert (out / "requeue").exists()
-
-
 HANGS = """
 from datetime import timedelta
 import torch.distributed as dist

@@ -72,8 +72,9 @@ with start_world(tf32=False) as world:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_ranks_exchange_what_the_formula_says(tmp_path, processes):
     """Of heads, adapters and everything, in one chunk and in two, to the byte."""
     done = run_ranks(RANKS, tmp_path, ROOT / "tests", processes=processes)
