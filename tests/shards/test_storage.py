@@ -264,7 +264,7 @@ def read_in_child(opened, frame, queue):
     queue.put((os.getpid(), opened.read(frame)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_children_read_over_http_however_they_start(shard_dir, method):
     with served(shard_dir) as server:
         opened = shards.open(server.url)

@@ -591,7 +591,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_workers_load_the_same_however_they_start(split, shard_dir, tmp_path, method):
     (tmp_path / "loaded.py").write_text(LOADED)
     done = run_command("python", tmp_path / "loaded.py", shard_dir, method, timeout=100, PYTHONPATH=str(ROOT))

@@ -313,7 +313,7 @@ def test_a_signal_before_the_first_step_ends_it_at_once(shard_dir, tmp_path, num
         assert not (out / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.dist)])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.dist])])
 def test_a_stop_is_heard_while_data_does_not_come_and_nothing_is_lost(shard_dir, tmp_path, processes):
     out = tmp_path / "run"
     with served(shard_dir, RangeHandler) as server:
