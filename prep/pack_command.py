@@ -26,6 +26,7 @@ from prep.packing.pack import pack
 from prep.packing.pairs import NEIGHBORS, add_pairs
 from prep.packing.plan import PackOptions
 from prep.packing.shard import ShardDone
+from prep.packing.work import shortened
 from prep.terminal import (
     Fraction,
     LocalPath,
@@ -40,7 +41,6 @@ from shards.schema import PAIRS_FILE, SPLITS
 
 CAPTURE_MIN_FRAMES = 5
 CHECKED = 5  # captures, before they are packed
-SHOWN = 8  # names of captures
 
 
 @click.command("pack")
@@ -230,10 +230,6 @@ def pack_source(
     if set_list is not None or min_quality is not None:
         raise ValueError("--set-list and --min-quality are of Co3D's own annotations: not with --annotation-dir")
     return Co3D(co3d_dir, annotation_dir, splits or None, categories or None)
-
-
-def shortened(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def check_some(found: Captures) -> None:

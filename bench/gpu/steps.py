@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
@@ -139,8 +139,8 @@ def waits(rig: Rig) -> Iterator[Row]:
         yield row if rig.pretend else row | {"good": number == 1}
 
 
-def waits_of(rig: Rig, run: object) -> list[str]:
-    """The lines of Python where the host waited; run: a function of no arguments."""
+def waits_of(rig: Rig, run: Callable[[], object]) -> list[str]:
+    """The lines of Python where the host waited."""
     with warnings.catch_warnings(record=True) as caught, ExitStack() as after:
         warnings.simplefilter("always")
         if not rig.pretend:

@@ -19,7 +19,7 @@ from shards.writer import remove_leftovers, write_json
 
 log = logging.getLogger(__name__)
 
-SHOWN = 5  # shards
+SHOWN = 8  # names
 ShardReport = dict[str, list[Any]]  # bad, short and doubtful, as in PackResult
 NOTHING_TO_REPORT: ShardReport = {"bad": [], "short": [], "doubtful": []}
 JOB_FILE = "job.json"
@@ -33,9 +33,8 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     finished set that lost files nothing else is made again: what replaces it may be worse.
     """
     done = [job for job in plan if is_done(out, job.name)]
-    changed = changed_shards(done, {job.name: _report(out, job.name).get("made_of") for job in done})
-    if (out / DATASET_FILE).exists():
-        changed = set()
+    may_change = [] if (out / DATASET_FILE).exists() else done
+    changed = changed_shards(may_change, {job.name: _report(out, job.name).get("made_of") for job in may_change})
     if changed:
         log.warning("made again, as files of theirs have other sizes or times now: %s", shortened(sorted(changed)))
     for name in changed:
@@ -69,6 +68,7 @@ def tell_changed(out: Path, plan: list[ShardJob]) -> None:
 
 
 def shortened(names: list[str]) -> str:
+    """The first of many names."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
