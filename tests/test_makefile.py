@@ -71,6 +71,8 @@ def test_a_run_is_named_after_its_shards_and_one_process_needs_no_torchrun(make,
     assert "out_dir=runs/mine" in trained
     (adapted,) = make("finetune", "SHARDS=data/mine", "INIT=/m/vggt.pt", "RECIPE=lora")
     assert adapted[adapted.index("--config") + 1] == "train/configs/lora.yaml"
+    (far,) = make("finetune", "SHARDS=https://host/sets/kitchen")
+    assert {"data.shards=https://host/sets/kitchen", "out_dir=runs/kitchen"} <= {*far}
     (several,) = make("finetune", "SHARDS=data/mine", "NPROC=2")
     assert several[0].endswith("bin/torchrun")
     assert "--nproc_per_node=2" in several

@@ -35,6 +35,8 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         place = folder / str(values["depth_file_path"])
         # What was applied to the poses was not applied to the depths.
         scale = float(content.get("applied_scale", 1.0))
+        if not 0 < scale < math.inf:
+            raise ValueError(f"applied_scale {scale:g}: expected more than 0")
         is_png = place.suffix.lower() == ".png"
         return DepthFile(
             path=place, encoding="uint16" if is_png else "float", unit=(DEPTH_UNIT if is_png else 1.0) * scale

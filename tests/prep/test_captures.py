@@ -371,6 +371,16 @@ def test_a_lens_of_numbers_that_are_none_is_no_camera(views, tmp_path):
     assert "8 x camera is not finite" in done.stderr
 
 
+@pytest.mark.parametrize("scale", [0, -1, "NaN"])
+def test_a_scale_that_would_lose_all_depths_is_told(views, tmp_path, scale):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"applied_scale": scale}))
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", "--trust")
+    assert done.returncode == 1
+    assert f"applied_scale {str(scale).lower()}: expected more than 0" in done.stdout + done.stderr
+
+
 def test_a_field_of_view_alone_makes_a_camera(views, tmp_path):
     WRITERS["nerfstudio"](tmp_path / "capture", views)
     path = tmp_path / "capture" / "transforms.json"

@@ -101,8 +101,11 @@ class DataConfig:
             raise ValueError(f"workers: expected 0 or more, or null for automatic, found {self.workers}")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad: expected a fraction from 0 to 1, found {self.max_bad}")
-        if self.val_scenes < 1 or self.val_views < 1 or self.val_aspect <= 0:
-            raise ValueError("val_scenes and val_views: expected at least 1; val_aspect: expected more than 0")
+        for key in ("val_scenes", "val_views"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")
+        if self.val_aspect <= 0:
+            raise ValueError(f"val_aspect: expected more than 0, found {self.val_aspect}")
 
     def _check_view_weights(self) -> None:
         weights, (low, high) = self.view_weights or {}, self.views

@@ -143,9 +143,8 @@ def describe_run(config: TrainConfig, out_dir: Path, validated: SharedPlaces | N
         return f"Done: {config.total_steps:,} steps. {out_dir / METRICS_FILE} has none of their losses."
     ends = [f"{line[OBJECTIVE]:.3f} (log line of step {line['step']:,})" for line in (trained[0], trained[-1])]
     moved = f"went from {ends[0]} to {ends[1]}" if len(trained) > 1 else f"was {ends[0]}"
-    done = (
-        f"Done: {config.total_steps:,}" if whole else f"Ended after {trained[-1]['step']:,} of {config.total_steps:,}"
-    )
+    last = trained[-1]["step"]  # beyond the total, if that was lowered
+    done = f"Done: {max(last, config.total_steps):,}" if whole else f"Ended after {last:,} of {config.total_steps:,}"
     text = ["", f"{done} steps. The training objective {moved}."]
     if validated:
         text += _validations(config, ValidationHistory(out_dir), validated)

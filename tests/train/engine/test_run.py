@@ -315,6 +315,7 @@ def test_a_finished_run_says_so_and_stays(shard_dir, whole_run):
     assert done.returncode == 0, done.stderr
     assert "it is finished" in done.stdout
     assert (out / "metrics.jsonl").read_bytes() == before
+    assert "Done: 8 steps" in run_trainer(shard_dir, out, *SCRATCH, "max_steps=4", "steps_per_epoch=4").stdout
 
 
 @pytest.mark.slow
