@@ -215,6 +215,8 @@ def pack_source(
             check_some(found)
         if found.split:
             click.echo(f"testing on {shortened(sorted(found.split))}")
+        if found.torn:
+            click.echo(f"of the same room as others that are trained on: {shortened(found.torn)}")
         if found.same_places:
             click.echo("testing on the last frames of each capture: places that are trained on")
         return found

@@ -33,16 +33,20 @@ def scale_intrinsics(intrinsics: np.ndarray, scale_x: float, scale_y: float) -> 
     return scaled
 
 
-def nearest(coordinates: np.ndarray, size: int) -> np.ndarray:
-    """The pixel of 0 .. size - 1 nearest to each coordinate [n], without bias.
+def rounded(coordinates: np.ndarray) -> np.ndarray:
+    """The pixel nearest to each coordinate [n], without bias.
 
     Halfway between two pixels, the lower and the upper one alternate: always taking the same one would shift a
     half-size depth map by a quarter of a pixel.
     """
     tie = np.isclose(coordinates - np.floor(coordinates), 0.5, rtol=0, atol=1e-6)
     alternate = np.floor(coordinates).astype(np.intp) + np.arange(len(coordinates)) % 2
-    picked = np.where(tie, alternate, np.rint(coordinates).astype(np.intp))
-    return np.clip(picked, 0, size - 1)
+    return np.where(tie, alternate, np.rint(coordinates).astype(np.intp))
+
+
+def nearest(coordinates: np.ndarray, size: int) -> np.ndarray:
+    """The pixel of 0 .. size - 1 nearest to each coordinate [n], without bias."""
+    return np.clip(rounded(coordinates), 0, size - 1)
 
 
 def are_scattered(depth: np.ndarray) -> bool:
@@ -60,7 +64,7 @@ def move_points(
     """
     places = np.nonzero(depth)
     values = depth[places]
-    y, x = (np.rint(p * s + o).astype(np.intp) for p, s, o in zip(places, scale, offset, strict=True))
+    y, x = (rounded(p * s + o) for p, s, o in zip(places, scale, offset, strict=True))
     inside = (y >= 0) & (x >= 0) & (y < shape[0]) & (x < shape[1])
     farthest_first = np.flatnonzero(inside)[np.argsort(values[inside])[::-1]]
     moved = np.zeros(shape, depth.dtype)

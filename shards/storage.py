@@ -106,6 +106,7 @@ class LocalStorage:
 class RemoteStorage:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self.knows_ranges = False  # whether it has ever given a part of a file
         _filesystem(self.url)
 
     def __str__(self) -> str:
@@ -137,11 +138,15 @@ class RemoteStorage:
             paths = [f"{root}/{span.file}" for span in missing]
             found = _cat_ranges(fs, paths, [s.start for s in missing], [s.end for s in missing])
             answers = dict(zip(missing, found, strict=True))
-            parts |= {span: _answered(answer, span, self.url) for span, answer in answers.items() if _is_final(answer)}
+            for span, answer in answers.items():
+                if (part := self._part(span, answer, tries)) is not None:
+                    parts[span] = part
             missing = [span for span in missing if span not in parts]
             if not missing:
                 return [parts[span] for span in spans]
             where, error = f"{self.url}/{missing[0].file}", answers[missing[0]]
+            if isinstance(error, bytes):
+                error = OSError(f"asked for {missing[0].end - missing[0].start} bytes, got {len(error)}")
             tries += 1
             pause = RETRY_PAUSES[tries - 1] if tries <= len(RETRY_PAUSES) else OUTAGE_PAUSE
             over = _is_refused(error) or time.monotonic() + pause - began > OUTAGE_PATIENCE
@@ -149,6 +154,24 @@ class RemoteStorage:
                 raise StorageError(f"{where}: not to be read in {tries} tries: {error!r}") from error
             log.warning("%s: %r; trying again in %g s", where, error, pause)
             time.sleep(pause)
+
+    def _part(self, span: Span, answer: bytes | Exception, tries: int) -> bytes | None:
+        """What there is of a span, or None if asking again may help. Raises StorageError if the server has no ranges.
+
+        A gateway may answer with a page of its own, or a whole file, for a while.
+        """
+        if not isinstance(answer, bytes):
+            return b"" if getattr(answer, "status", None) == 416 else None  # HTTP's for a file that ends before
+        wanted = span.end - span.start
+        if len(answer) > wanted and not self.knows_ranges:
+            raise StorageError(
+                f"{self.url}/{span.file}: asked for {wanted} bytes, got {len(answer)}: this server ignores HTTP ranges "
+                "and sends whole files. Serve the shards from one that knows ranges (nginx, an object store), or copy "
+                "them here"
+            )
+        self.knows_ranges |= len(answer) == wanted
+        ends = len(answer) < wanted and tries >= len(RETRY_PAUSES)  # the file does, as it is there
+        return answer if len(answer) == wanted or ends else None
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -208,25 +231,8 @@ def _within(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
         raise TimeoutError(f"not there after {time.monotonic() - began:.0f} s") from error
 
 
-def _is_final(answer: bytes | Exception) -> bool:
-    """Whether asking again would change nothing: bytes, or a file that ends before (HTTP's 416)."""
-    return isinstance(answer, bytes) or getattr(answer, "status", None) == 416
-
-
 def _is_refused(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in REFUSED
-
-
-def _answered(answer: bytes | Exception, span: Span, url: str) -> bytes:
-    if not isinstance(answer, bytes):
-        return b""
-    wanted = span.end - span.start
-    if len(answer) > wanted:
-        raise StorageError(
-            f"{url}/{span.file}: asked for {wanted} bytes, got {len(answer)}: this server ignores HTTP ranges and "
-            "sends whole files. Serve the shards from one that knows ranges (nginx, an object store), or copy them here"
-        )
-    return answer
 
 
 @contextmanager

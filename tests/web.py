@@ -41,6 +41,13 @@ class RangeHandler(PlainHandler):
             self.server.failures -= 1
             self.send_error(503)
             return None
+        if self.server.misread:  # as a gateway does for a while: 200
+            page = self.server.misread.pop() or Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+            return None
         path = Path(self.translate_path(self.path))
         if not match or not path.is_file():
             return super().send_head()
@@ -64,11 +71,12 @@ def served(folder, handler=RangeHandler):
     """The server of `folder`: its .url, its .requests as (method, path, range).
 
     It waits .latency seconds before each answer, and the next .failures requests fail. What is asked of paths that
-    hold the text .stalled gets no answer at all, of those with .trickling one that never ends.
+    hold the text .stalled gets no answer at all, of those with .trickling one that never ends. Each of .misread is what
+    a request gets in place of its range: bytes, or b"" for the whole file.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     server.requests, server.latency, server.failures, server.stalled = [], 0, 0, ""
-    server.trickling = ""
+    server.trickling, server.misread = "", []
     server.ended = threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prep.importers.layouts import FORMATS, capture_folders, passed_over
+from prep.importers.layouts import FORMATS, WITHOUT_INTRINSICS, capture_folders, passed_over
 from prep.importers.source import Capture, Frame, Intrinsics, Sequence, by_number
 from shards.index import sha256
 from shards.schema import SPLITS
@@ -81,6 +81,12 @@ class Captures:
         return self.tail is not None
 
     @property
+    def torn(self) -> list[str]:
+        """Captures to test on whose site is also trained on: others of one room."""
+        trained = {capture.site for capture in self.found if capture.name not in self.split}
+        return [capture.name for capture in self.found if capture.name in self.split and capture.site in trained]
+
+    @property
     def skipped(self) -> dict[str, int]:
         return {}
 
@@ -121,6 +127,8 @@ class Captures:
 
 def read_captures(layout: str, folder: Path, options: CaptureOptions) -> list[Capture]:
     """The captures in a folder of this layout, as the options say. Raises ValueError for one that cannot be used."""
+    if options.intrinsics is not None and layout not in WITHOUT_INTRINSICS:
+        raise ValueError(f"{folder}: --intrinsics is for {' and '.join(WITHOUT_INTRINSICS)}; {layout} says its own")
     captures = [_reduced(capture, options) for capture in FORMATS[layout].read(folder, options.intrinsics)]
     for capture in captures:
         _check_frames(capture)
@@ -208,6 +216,10 @@ def _check_frames(capture: Capture) -> None:
     for frame in capture.frames:
         if not frame.name or "/" in frame.name:
             raise ValueError(f"{capture.name}: {frame.path!r} is no path from the capture's folder")
+        try:
+            frame.path.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{capture.name}: {frame.path!r} is no UTF-8; rename it") from error
         if first.setdefault(frame.name, frame.path) != frame.path:
             raise ValueError(f"{capture.name}: {first[frame.name]} and {frame.path} have the same name; rename one")
     if len(first) < len(capture.frames):
@@ -230,7 +242,7 @@ def _last_images(captures: list[Capture], fraction: float, min_frames: int) -> s
 def _assign(captures: list[Capture], split: Split) -> tuple[set[str], float | None]:
     """The captures to test on, or the last fraction of each. Raises ValueError for a name that is none.
 
-    Those of one place, as the models of a COLMAP project, go to one split.
+    Those of one site, as the models of a COLMAP project and the sequences of a room, go to one split.
     """
     names = [capture.name for capture in captures]
     unknown = [name for name in split.names if name not in names]
@@ -240,9 +252,9 @@ def _assign(captures: list[Capture], split: Split) -> tuple[set[str], float | No
         return set(split.names), None
     if split.tail is not None:
         return set(), split.tail
-    places = sorted({capture.place for capture in captures})
-    if split.fraction is None and len(places) < FEW:
+    sites = sorted({capture.site for capture in captures})
+    if split.fraction is None and len(sites) < FEW:
         return set(), TEST_TAIL
-    count = max(1, round((split.fraction or TEST_FRACTION) * len(places)))
-    chosen = {places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)}
-    return {capture.name for capture in captures if capture.place in chosen}, None
+    count = max(1, round((split.fraction or TEST_FRACTION) * len(sites)))
+    chosen = {sites[(2 * i + 1) * len(sites) // (2 * count)] for i in range(count)}
+    return {capture.name for capture in captures if capture.site in chosen}, None

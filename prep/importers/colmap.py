@@ -108,7 +108,7 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
             )
         )
     files = sorted(path for kind in ("bin", "txt") for path in model.glob(f"*.{kind}"))
-    return Capture(name=name, place=folder, frames=frames, unusable=unusable, files=files, metric=False)
+    return Capture(name=name, place=folder, site=folder, frames=frames, unusable=unusable, files=files, metric=False)
 
 
 def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:

@@ -30,7 +30,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     content = read_json(path)
 
     def depth_of(values: dict[str, Any]) -> DepthFile | None:
-        if "depth_file_path" not in values:
+        if values.get("depth_file_path") is None:
             return None
         place = folder / str(values["depth_file_path"])
         # What was applied to the poses was not applied to the depths.
@@ -90,12 +90,13 @@ def _pose(numbers: Any) -> np.ndarray:
 
 def _frame(folder: Path, values: dict[str, Any], extrinsics: np.ndarray, depth: DepthFile | None) -> Frame:
     image = _image(folder, str(values["file_path"] if "file_path" in values else values["image"]))
-    mask = folder / str(values["mask_path"]) if "mask_path" in values else None
+    path = _in_folder(image, folder)
+    mask = folder / str(values["mask_path"]) if values.get("mask_path") is not None else None
     if mask is not None and not mask.exists():
         raise ValueError("mask_path: no such file")
     return Frame(
-        name=frame_name(image.relative_to(folder)),
-        path=str(image.relative_to(folder)),
+        name=frame_name(path),
+        path=str(path),
         image=image,
         size=(int(values["h"]), int(values["w"])) if "h" in values and "w" in values else None,
         depth=depth,
@@ -103,6 +104,14 @@ def _frame(folder: Path, values: dict[str, Any], extrinsics: np.ndarray, depth: 
         mask_above=0,
         camera=_camera(values, extrinsics),
     )
+
+
+def _in_folder(image: Path, folder: Path) -> Path:
+    """The path from the capture's folder, which an absolute one may call by another name. Raises ValueError."""
+    for base in (folder, folder.absolute(), folder.resolve()):
+        if image.is_relative_to(base):
+            return image.relative_to(base)
+    raise ValueError(f"its path is absolute, and not in {folder.resolve()}")
 
 
 def _image(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from prep.importers.cameras import OpenCVCamera, inverted, read_matrix
 from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_stem, one_capture
 
 TITLE = "color/, depth/, pose/, intrinsic/ (ScanNet)"
+SCAN = re.compile(r"(scene\d{4})_\d\d")  # names of a room's scans
 CAMERA, DEPTH_CAMERA = "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt"
 
 
@@ -50,4 +52,5 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
             )
         )
-    return one_capture(folder, frames, unusable, files, True)
+    room = folder.resolve().with_name(SCAN.sub(r"\1", folder.resolve().name))
+    return one_capture(folder, frames, unusable, files, True, site=room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from prep.importers.cameras import OpenCVCamera, inverted, pinhole, read_matrix
@@ -9,8 +10,8 @@ from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_stem
 
 TITLE = "frame-NNNNNN.{color,depth,pose} (7-Scenes)"
 INTRINSICS_FILE = "camera-intrinsics.txt"
+SEQUENCE = re.compile(r"seq-\d+")  # names of a room's sequences
 DEFAULT = (585.0, 585.0, 320.0, 240.0)  # the dataset's, of 640 x 480
-NOTHING = 65535
 
 
 def is_there(folder: Path) -> bool:
@@ -40,10 +41,11 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 path=image.name,
                 image=image,
                 size=None,
-                depth=DepthFile(path=depth, unit=1e-3, nothing=NOTHING) if depth.exists() else None,
+                depth=DepthFile(path=depth, unit=1e-3) if depth.exists() else None,
                 mask=None,
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
             )
         )
     files = [*poses, file] if file.is_file() else poses
-    return one_capture(folder, frames, unusable, files, True)
+    room = folder.resolve().parent if SEQUENCE.fullmatch(folder.resolve().name) else None
+    return one_capture(folder, frames, unusable, files, True, site=room)

@@ -48,16 +48,15 @@ class DepthFile:
 
     encoding: half (16-bit PNG whose bits are half floats), uint16 (16-bit PNG), float (EXR, TIFF, npy or npz), colmap
     (COLMAP's .bin), record3d (LZFSE of float32). unit: of a stored number, in the units of the translations. kind:
-    stereo, sensor, mvs or rendered; the farthest stereo depths are noise, and are dropped. nothing: a stored number
-    that means unknown, besides 0. intrinsics [3, 3]: of the depth map, in its own pixels, if its camera has the image's
-    pose but other intrinsics; None: it covers exactly the image.
+    stereo, sensor, mvs or rendered; the farthest stereo depths are noise, and are dropped. intrinsics [3, 3]: of the
+    depth map, in its own pixels, if its camera has the image's pose but other intrinsics; None: it covers exactly the
+    image.
     """
 
     path: Path
     encoding: str = "uint16"
     unit: float = 1.0
     kind: str = "sensor"
-    nothing: float | None = None
     intrinsics: np.ndarray | None = None
 
 
@@ -95,12 +94,14 @@ Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in pixels, (0, 
 class Capture:
     """What an importer reads from one capture: frames in order, not yet assigned to a split.
 
-    place: the folder; captures of one place go to one split. unusable: (path, reason) of images without a pose and of
-    invalid entries. files: those that define the capture. metric: whether lengths are meters; None: not known.
+    place: the folder. site: captures of one, as sequences of a room, go to one split. unusable: (path, reason) of
+    images without a pose and of invalid entries. files: those that define the capture. metric: whether lengths are
+    meters; None: not known.
     """
 
     name: str
     place: Path
+    site: Path
     frames: list[Frame]
     unusable: list[tuple[str, str]]
     files: list[Path]
@@ -114,11 +115,25 @@ class Capture:
 
 
 def one_capture(
-    folder: Path, frames: list[Frame], unusable: list[tuple[str, str]], files: list[Path], metric: bool | None
+    folder: Path,
+    frames: list[Frame],
+    unusable: list[tuple[str, str]],
+    files: list[Path],
+    metric: bool | None,
+    site: Path | None = None,
 ) -> list[Capture]:
-    """The capture that a folder is, called after it."""
-    name = folder.resolve().name
-    return [Capture(name=name, place=folder, frames=frames, unusable=unusable, files=files, metric=metric)]
+    """The capture that a folder is, called after it. site: if it is not the folder."""
+    return [
+        Capture(
+            name=folder.resolve().name,
+            place=folder,
+            site=site or folder,
+            frames=frames,
+            unusable=unusable,
+            files=files,
+            metric=metric,
+        )
+    ]
 
 
 def by_stem(folder: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""VGGT-Omega's scenes: images/, depths/<stem>.exr, cam_from_worlds.npy and intrinsics.npy, OpenCV's axes."""
+"""VGGT-Omega's scenes: images/, depths/, masks/, cam_from_worlds.npy and intrinsics.npy, OpenCV's axes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, frame_n
 
 TITLE = "cam_from_worlds.npy, intrinsics.npy, images/ (VGGT-Omega)"
 POSES, CAMERAS, NAMES = "cam_from_worlds.npy", "intrinsics.npy", "image_names.json"
+DEPTH_SUFFIXES = (".exr", ".npy", ".npz")
 
 
 def is_there(folder: Path) -> bool:
@@ -39,16 +40,19 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         )
     frames = []
     for name, pose, camera in zip(names, poses.astype(np.float64), cameras.astype(np.float64), strict=True):
-        image, depth = folder / "images" / name, folder / "depths" / Path(name).with_suffix(".exr")
+        depths = [(folder / "depths" / name).with_suffix(suffix) for suffix in DEPTH_SUFFIXES]
+        depth = next((path for path in depths if path.exists()), None)
+        mask = (folder / "masks" / name).with_suffix(".png")
         shifted = camera - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
         frames.append(
             Frame(
                 name=frame_name(Path(name)),
                 path=f"images/{name}",
-                image=image,
+                image=folder / "images" / name,
                 size=None,
-                depth=DepthFile(path=depth, encoding="float", kind="rendered") if depth.exists() else None,
-                mask=None,
+                depth=None if depth is None else DepthFile(path=depth, encoding="float", kind="rendered"),
+                mask=mask if mask.exists() else None,
+                mask_above=0,
                 camera=OpenCVCamera(extrinsics=pose, intrinsics=shifted),
             )
         )

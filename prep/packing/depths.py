@@ -13,13 +13,17 @@ import numpy as np
 from prep.importers.source import DepthFile, Frame
 from prep.packing.lens import Lens
 from prep.packing.reading import BadFrameError, read_file, read_image, read_png
-from shards.geometry import nearest, project
+from shards.geometry import are_scattered, nearest, project, rounded
 
 FAR_PERCENTILE = 98.0  # of valid stereo depths: what lies farther is mostly noise
 Mask = tuple[Path, int]  # a file, and the number above which depth counts
 HALF_RANGE = (2.0**-14, 65504.0)  # of half floats with full precision
 MAX_ASPECT = 1.02  # of a depth map over its image
 KEPT_SCALES = (1e-2, 1e3)  # of median depths that are stored as they are
+MAX_SCALE = 2.0**30
+SATURATED = 65535  # of 16-bit depths: unknown, or beyond what can be counted
+LOOKED_AT = 8  # one in so many rows tells whether depths are scattered: picked, most of them would be lost
+BACKGROUND_OCTAVES = 4  # without any depth, between the scene and what renderers write where there is nothing
 
 
 Affine = list[tuple[float, float]]  # factor and offset of rows, and of columns
@@ -103,8 +107,9 @@ class Target:
 
     def place(self, pixels: np.ndarray, depths: np.ndarray) -> np.ndarray:
         """A depth map of the stored size with depths [n] at pixels [n, 2], the nearest where several meet."""
-        x, y = np.rint(pixels).astype(np.int64).T
-        inside = (x >= 0) & (y >= 0) & (x < self.size[1]) & (y < self.size[0]) & np.isfinite(pixels).all(axis=1)
+        seen = np.isfinite(pixels).all(axis=1)
+        (x, y), depths = (rounded(place) for place in pixels[seen].T), depths[seen]
+        inside = (x >= 0) & (y >= 0) & (x < self.size[1]) & (y < self.size[0])
         found = np.full(self.size, np.inf, np.float32)
         np.minimum.at(found, (y[inside], x[inside]), depths[inside].astype(np.float32))
         return np.where(np.isfinite(found), found, np.float32(0))
@@ -155,19 +160,37 @@ def _placed(depth: DepthFile, target: Target) -> np.ndarray:
     aspects = [shape[1] / shape[0] for shape in (values.shape, target.source)]
     if depth.intrinsics is None and not 1 / MAX_ASPECT < aspects[0] / aspects[1] < MAX_ASPECT:
         raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
-    if values.shape[0] >= target.size[0]:
-        values = _known(target.pick(values, depth.intrinsics), depth.nothing)
+    if values.shape[0] < target.size[0] or are_scattered(_known(values[::LOOKED_AT])):
+        values = target.scatter(_known(values), depth.intrinsics)
     else:
-        values = target.scatter(_known(values, depth.nothing), depth.intrinsics)
+        values = _known(target.pick(values, depth.intrinsics))
     return values * np.float32(depth.unit)
 
 
-def _known(values: np.ndarray, nothing: float | None) -> np.ndarray:
-    """float32, 0 where unknown."""
+def _known(values: np.ndarray) -> np.ndarray:
+    """float32 [h, w], 0 where unknown."""
     known = np.isfinite(values) & (values > 0)
-    if nothing is not None:
-        known &= values != nothing
-    return np.where(known, values, 0).astype(np.float32)
+    if values.dtype == np.uint16:
+        known &= values != SATURATED
+    known = np.where(known, values, 0).astype(np.float32)
+    return np.where(known < _background(known), known, 0)
+
+
+def _background(depths: np.ndarray) -> float:
+    """Where the depths begin that stand for nothing, as 65504 or 1e10 behind a scene of meters; inf if there are none.
+
+    Most of them are one number, far behind all others, of which some may be blends with it. A pixel of such sky would
+    outweigh a scene.
+    """
+    known = depths[depths > 0]
+    there = np.flatnonzero(np.bincount(known.view(np.int32) >> 23))  # the exponents of float32, plus 127
+    gaps = np.flatnonzero(np.diff(there) > BACKGROUND_OCTAVES)
+    begin = float(np.ldexp(1.0, there[gaps[-1] + 1] - 127)) if len(gaps) else 0.0
+    beyond = known[known >= begin]
+    farthest = float(beyond.max(initial=0))
+    if 2 * np.count_nonzero(beyond == farthest) <= len(beyond):
+        return np.inf
+    return begin or (farthest if farthest >= HALF_RANGE[1] else np.inf)
 
 
 def _read_depth(depth: DepthFile, image_size: tuple[int, int]) -> np.ndarray:
@@ -210,7 +233,7 @@ def _only_array(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
 
 
 def _read_exr(path: Path) -> np.ndarray:
-    """The channel of a depth, or the first: OpenCV's wheels cannot read it."""
+    """The channel of a depth, or the only one: OpenCV's wheels cannot read it."""
     try:
         import OpenEXR
     except ImportError as error:
@@ -220,10 +243,25 @@ def _read_exr(path: Path) -> np.ndarray:
     try:
         with OpenEXR.File(str(path)) as file:
             channels = file.channels()
-            name = next((name for name in ("Z", "depth", "Y", "R") if name in channels), next(iter(channels)))
-            return channels[name].pixels
+            return channels[_depth_channel([*channels])].pixels
     except RuntimeError as error:
         raise BadFrameError("depth is damaged", str(error)) from error
+
+
+def _depth_channel(names: list[str]) -> str:
+    """Which of these channels holds depths: ViewLayer.Depth.Z, of several. Raises BadFrameError."""
+    if len(names) == 1:
+        return names[0]
+    parts = {name: name.lower().split(".") for name in names}
+    for fits in (
+        lambda name: parts[name] in (["z"], ["depth"]),
+        lambda name: "depth" in parts[name] or parts[name][-1] == "z",
+        lambda name: parts[name] in (["y"], ["r"]),
+    ):
+        found = [name for name in names if fits(name)]
+        if len(found) == 1:
+            return found[0]
+    raise BadFrameError("depth is one of several channels, and none is called Z or depth", ", ".join(names))
 
 
 def _read_colmap(path: Path) -> np.ndarray:
@@ -278,6 +316,8 @@ def _as_halves(values: np.ndarray) -> tuple[np.ndarray, float, float | None]:
     if not len(known):
         return np.zeros(values.shape, np.float16), 1.0, None
     median = float(np.median(known))
+    if median > MAX_SCALE:
+        raise BadFrameError("depths are too large", f"their median is {median:.3g}")
     scale = 1.0 if KEPT_SCALES[0] < median < KEPT_SCALES[1] else 2.0 ** round(np.log2(median))
     scaled = values / np.float32(scale)
     fits = (scaled >= HALF_RANGE[0]) & (scaled <= HALF_RANGE[1])

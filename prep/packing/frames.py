@@ -82,7 +82,7 @@ def pack_frame(frame: Frame, options: FrameOptions) -> PackedFrame:
     intrinsics = scale_intrinsics(intrinsics, factor[1], factor[0])
     if frame.depth is not None:
         halves, depth_scale, median_depth = stored_depth(frame, target, extrinsics, intrinsics)
-        depth = encode_depth(halves)
+        depth = None if median_depth is None else encode_depth(halves)
     for _ in range(turns):
         extrinsics, intrinsics = turned_camera(extrinsics, intrinsics, size[1])
         size = size[::-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import numpy as np
 from prep.importers.source import DepthFile, Sequence, Source
 from prep.packing.frames import FrameOptions
 from shards.schema import SPLITS
+
+MISSING = " without "  # in a digest of files, before a number of images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +51,27 @@ class ShardJob:
     def file_digest(self) -> str | None:
         """What tells the files of its frames from those that replace them later: sizes and times, not contents.
 
-        None if an image is not there: its disk may just not be mounted.
+        With how many images are missing, if some are; None if all are: their disk may just not be mounted.
         """
-        digest = hashlib.sha256()
-        for frame in (frame for sequence in self.sequences for frame in sequence.frames):
+        digest, missing = hashlib.sha256(), 0
+        frames = [frame for sequence in self.sequences for frame in sequence.frames]
+        for frame in frames:
             depth = frame.depth.path if isinstance(frame.depth, DepthFile) else None
             for path in (frame.image, depth, frame.mask):
                 try:
                     found = None if path is None else path.stat()
                 except (OSError, ValueError):  # a name that can be of no file
-                    if path is frame.image:
-                        return None
                     found = None
+                    missing += path is frame.image
                 digest.update(b"-" if found is None else f"{found.st_size} {found.st_mtime_ns},".encode())
-        return digest.hexdigest()
+        if missing == len(frames):
+            return None
+        return f"{digest.hexdigest()}{MISSING}{missing}" if missing else digest.hexdigest()
+
+
+def missing_images(file_digest: str | None) -> float:
+    """How many images were missing when a shard's file_digest was made; infinitely many if it is None."""
+    return math.inf if file_digest is None else int(file_digest.partition(MISSING)[2] or 0)
 
 
 def make_plan(source: Source, options: PackOptions, allow_shared_frames: bool) -> tuple[list[ShardJob], int]:

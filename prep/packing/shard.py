@@ -44,17 +44,17 @@ def pack_shard(job: ShardJob, out: Path, options: PackOptions, stamp: str) -> Sh
     _check_stamp(out, stamp)
     cv2.setNumThreads(1)  # there is a worker a core
     tar, record, index = out / f"{job.name}.tar", record_file(out, job.name), None
-    made_of = job.file_digest()  # before they are read: they may be replaced meanwhile
+    made_of = {"made_of": job.file_digest()}  # before they are read: they may be replaced meanwhile
     known = json.loads(record.read_bytes()) if record.is_file() else None
     if known is not None and known["index"] and tar.is_file() and known["index"]["sha256"] == sha256(tar):
         report, made = {key: known[key] for key in NOTHING_TO_REPORT}, True
-        made_of = known.get("made_of")
+        made_of = {key: known[key] for key in made_of if key in known}
     else:
         report, made = _write_shard(tar, job.sequences, options, lambda: _check_stamp(out, stamp))
     if made:
         indexed = index_file(tar, out / WORK_FOLDER)
         index = {"size": indexed.size, "sha256": indexed.sha256, "sequences": indexed.sequences}
-    write_json(record, {"index": index, "made_of": made_of} | report)
+    write_json(record, {"index": index} | made_of | report)
     return ShardDone(frames=job.frames, bytes=index["size"] if index else 0, bad=len(report["bad"]))
 
 
@@ -87,18 +87,23 @@ def _write_shard(
 
 def _samples(sequence: Sequence, options: PackOptions, report: ShardReport) -> Iterator[dict[str, Any]]:
     """The WebDataset samples of a sequence, none if it is too short; what is to be said of it goes to `report`."""
-    names, frames = [], list[PackedFrame]()
+    names, frames, maps = [], list[PackedFrame](), 0
     report["bad"] += [(path, reason, "") for path, reason in sequence.bad]
     for frame in sequence.frames:
         try:
             frames.append(pack_frame(frame, options))
             names.append(frame.name)
+            maps += frame.depth is not None
         except BadFrameError as error:
             report["bad"].append((frame.path, error.reason, error.detail))
     place = f"{sequence.split}/{sequence.category}/{sequence.name}"
     if len(frames) < options.min_frames:
         report["short"].append((place, len(frames)))
         return
+    empty = maps - sum(packed.depth is not None for packed in frames)
+    if 2 * empty > maps:
+        causes = "a mask, --depth-range, or points of few views?"
+        report["doubtful"].append((place, f"{empty} of {maps} depth maps hold no known depth: {causes}"))
     doubt = doubtful_lengths(frames)
     if doubt is not None:
         report["doubtful"].append((place, doubt))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import shards
-from prep.packing.plan import PackError, ShardJob
+from prep.packing.plan import PackError, ShardJob, missing_images
 from shards.build_index import TarIndex, write_index
 from shards.index import read_dataset
 from shards.schema import DATASET_FILE, REPORT_FILE, WORK_FOLDER
@@ -30,11 +30,19 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     """The shards of an unfinished pack whose files are still as they were, and how many bad frames each has.
 
     If there are too many bad frames, shards with any are repacked: the dataset may have been repaired since. Of a
-    finished set that lost files nothing else is made again: what replaces it may be worse.
+    finished set that lost files no tar that is there is made again: what replaces it may be worse.
     """
     done = [job for job in plan if is_done(out, job.name)]
-    may_change = [] if (out / DATASET_FILE).exists() else done
-    changed = changed_shards(may_change, {job.name: _report(out, job.name).get("made_of") for job in may_change})
+    finished = (out / DATASET_FILE).exists()
+    may_change = [job for job in done if not (finished and (out / f"{job.name}.tar").exists())]
+    reports = {job.name: _report(out, job.name) for job in may_change}
+    made_of = {name: part["made_of"] for name, part in reports.items() if "made_of" in part}
+    found = changed_shards(may_change, made_of)
+    # Those that lost images are kept: a disk may not be mounted.
+    changed = {name for name, now in found.items() if missing_images(now) <= missing_images(made_of[name])}
+    if found.keys() - changed:
+        kept_words = "kept, though files of theirs have other sizes or times now, as some are gone: %s"
+        log.warning(kept_words, shortened(sorted(found.keys() - changed)))
     if changed:
         log.warning("made again, as files of theirs have other sizes or times now: %s", shortened(sorted(changed)))
     for name in changed:
@@ -47,17 +55,22 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     return kept
 
 
-def changed_shards(jobs: list[ShardJob], made_of: dict[str, str | None]) -> set[str]:
-    """The shards whose files are not those they were made of, as far as that can be told."""
-    known = [job for job in jobs if made_of.get(job.name) is not None]
+def changed_shards(jobs: list[ShardJob], made_of: dict[str, str | None]) -> dict[str, str]:
+    """The shards whose files are not those they were made of, as far as that can be told, and what these are now.
+
+    made_of: what they were, of those of which it is known.
+    """
+    known = [job for job in jobs if job.name in made_of]
     with ThreadPoolExecutor(32) as pool:  # a network file system answers slowly, but many at once
         digests = pool.map(ShardJob.file_digest, known)
-    return {job.name for job, now in zip(known, digests, strict=True) if now not in (None, made_of[job.name])}
+    now = {job.name: digest for job, digest in zip(known, digests, strict=True) if digest is not None}
+    return {name: digest for name, digest in now.items() if digest != made_of[name]}
 
 
-def tell_changed(out: Path, plan: list[ShardJob]) -> None:
-    """Warn of what a finished set was made of and has changed since."""
-    changed = [name for name in changed_shards(plan, _read_made_of(out)) if (out / f"{name}.tar").exists()]
+def tell_changed(out: Path, plan: list[ShardJob]) -> bool:
+    """Warn of what a finished set was made of and has changed since; whether some that was left out may now be good."""
+    found = changed_shards(plan, _read_made_of(out))
+    changed = {name for name in found if (out / f"{name}.tar").exists()}
     if changed:
         log.warning(
             "%s: files of %s have other sizes or times than when it was packed; to pack them again, remove these tars, "
@@ -65,6 +78,7 @@ def tell_changed(out: Path, plan: list[ShardJob]) -> None:
             out,
             shortened(sorted(changed)),
         )
+    return found.keys() > changed
 
 
 def shortened(names: list[str]) -> str:
@@ -73,7 +87,7 @@ def shortened(names: list[str]) -> str:
 
 
 def _read_made_of(out: Path) -> dict[str, str | None]:
-    """Shard -> what its files were when it was made; empty for older sets, and where the file was lost."""
+    """Shard -> what its files were when it was made, None if there were none; empty if that is not known."""
     try:
         made_of = json.loads((out / MADE_OF_FILE).read_bytes())
     except (OSError, ValueError):
@@ -97,7 +111,8 @@ def reopen(out: Path) -> None:
             part = NOTHING_TO_REPORT | {"doubtful": [(f"{name}.tar", "its report was lost: it may lack frames")]}
             if report is not None:
                 part = report.get(name, NOTHING_TO_REPORT)
-            write_json(record_file(out, name), {"index": tars.get(name), "made_of": made_of.get(name)} | part)
+            known = {"made_of": made_of[name]} if name in made_of else {}
+            write_json(record_file(out, name), {"index": tars.get(name)} | known | part)
 
 
 def record_file(out: Path, name: str) -> Path:
@@ -142,7 +157,8 @@ def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) ->
         raise PackError(
             f"no sequence has {job['options']['min_frames']} usable frames; see {out / REPORT_FILE} and --min-frames"
         )
-    write_json(out / MADE_OF_FILE, {name: part.get("made_of") for name, part in reports.items()})
+    made_of = {name: part["made_of"] for name, part in reports.items() if "made_of" in part}
+    write_json(out / MADE_OF_FILE, made_of)
     write_index(out, tars, source=job["source"], options=job["options"])
     remove_leftovers(out)  # of a worker that was lost, and whose shard another one made
     _clear(work)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -42,9 +43,8 @@ def pack(folder, out, *options):
 
 def depth_of(opened, number):
     row = opened.frames[number]
-    return (
-        decode_depth(opened.read(number)[1], int(row["height"]), int(row["width"])).astype(float) * row["depth_scale"]
-    )
+    size, stored = (int(row["height"]), int(row["width"])), opened.read(number)[1]
+    return np.zeros(size) if stored is None else decode_depth(stored, *size).astype(float) * row["depth_scale"]
 
 
 def in_order(opened):
@@ -371,6 +371,35 @@ def test_a_lens_of_numbers_that_are_none_is_no_camera(views, tmp_path):
     assert "8 x camera is not finite" in done.stderr
 
 
+def test_absolute_paths_are_those_of_the_folder_by_whatever_name_it_is_called(views, tmp_path, monkeypatch):
+    WRITERS["nerfstudio"](tmp_path / "capture", views)
+    path = tmp_path / "capture" / "transforms.json"
+    content = json.loads(path.read_text())
+    for entry in content["frames"]:
+        for key in ("file_path", "depth_file_path"):
+            entry[key] = str(tmp_path / "capture" / entry[key])
+    content["frames"][0] |= {"depth_file_path": None, "mask_path": None}
+    path.write_text(json.dumps(content))
+    (tmp_path / "link").symlink_to(tmp_path / "capture")
+    monkeypatch.chdir(tmp_path)
+    for name in ("capture", "link"):
+        (capture,) = Captures([Path(name)], CaptureOptions()).found
+        assert [frame.name for frame in capture.frames] == [f"im {i:03d}" for i in range(len(views))]
+        assert [frame.depth is None for frame in capture.frames] == [True] + [False] * (len(views) - 1)
+    content["frames"][1]["file_path"] = "/elsewhere/1.png"
+    path.write_text(json.dumps(content))
+    (capture,) = Captures([Path("capture")], CaptureOptions()).found
+    assert capture.unusable == [("/elsewhere/1.png", f"its path is absolute, and not in {tmp_path / 'capture'}")]
+
+
+def test_a_name_that_is_no_text_is_told(views, tmp_path):
+    WRITERS["sevenscenes"](tmp_path / "capture", views)
+    for path in (tmp_path / "capture").glob("*000.*"):
+        os.rename(os.fsencode(path), os.fsencode(path).replace(b"000", b"\xff"))
+    with pytest.raises(ValueError, match="is no UTF-8; rename it"):
+        Captures([tmp_path / "capture"], CaptureOptions())
+
+
 @pytest.mark.parametrize("scale", [0, -1, "NaN"])
 def test_a_scale_that_would_lose_all_depths_is_told(views, tmp_path, scale):
     WRITERS["nerfstudio"](tmp_path / "capture", views)
@@ -531,12 +560,67 @@ def test_models_of_one_colmap_project_are_of_one_split_and_damaged_depths_are_na
     for name in "abcd":
         WRITERS["sevenscenes"](tmp_path / "all" / name, views[:5])
     found = Captures([tmp_path / "all"], CaptureOptions()).found
-    twice = [replace(capture, place=tmp_path / "all" / "b") if capture.name == "c" else capture for capture in found]
+    twice = [replace(capture, site=tmp_path / "all" / "b") if capture.name == "c" else capture for capture in found]
     test, _ = _assign(twice, Split(fraction=0.4))
     assert test == {"b", "c"}
     (tmp_path / "all" / "a" / "frame-000001.depth.png").write_bytes(b"no picture")
     done = vggt_prep("pack", tmp_path / "all" / "a", "--out", tmp_path / "set", "--min-frames", 1, "--max-bad", 0.5)
     assert "1 frame left out: depth" in done.stdout, done.stderr
+
+
+def test_sequences_of_one_room_are_of_one_split_or_it_is_said(tmp_path):
+    views = rendered(frames=2)
+    for room in "abcd":
+        for number in (1, 2):
+            WRITERS["sevenscenes"](tmp_path / "all" / room / f"seq-0{number}", views)
+            WRITERS["scannet"](tmp_path / "scans" / f"scene000{'abcd'.index(room)}_0{number}", views)
+    for folder in ("all", "scans"):
+        found = Captures([tmp_path / folder], CaptureOptions())
+        tested = [capture.name for capture in found.found if capture.name in found.split]
+        assert len(tested) == 2
+        assert len({name.rpartition("-" if folder == "all" else "_")[0] for name in tested}) == 1
+        assert not found.torn
+    found = Captures([tmp_path / "all"], CaptureOptions(split=Split(names=("a-seq-01", "b-seq-01", "b-seq-02"))))
+    assert found.torn == ["a-seq-01"]
+    one_room = Captures([tmp_path / "all" / "a"], CaptureOptions())
+    assert one_room.same_places
+
+
+def test_intrinsics_are_refused_where_the_layout_has_its_own(views, tmp_path):
+    for name in WRITERS:
+        WRITERS[name](tmp_path / name, views[:2])
+        options = CaptureOptions(intrinsics=(300.0, 300.0, 159.5, 119.5))
+        if name in ("tum", "sevenscenes"):
+            (capture,) = Captures([tmp_path / name], options).found
+            assert capture.frames[0].camera.opencv(240, 320)[1][0, 0] == 300
+        else:
+            with pytest.raises(ValueError, match=f"--intrinsics is for tum and sevenscenes; {name} says its own"):
+                Captures([tmp_path / name], options)
+
+
+def test_depth_of_which_nothing_counts_is_doubtful_and_said_to_be_none(views, tmp_path):
+    WRITERS["frames"](tmp_path / "capture", views)
+    options = ("--out", tmp_path / "set", "--trust", "--depth-range", 200, 5000, "--min-frames", 1)
+    done = vggt_prep("pack", tmp_path / "capture", *options)
+    assert done.returncode == 0, done.stderr
+    assert "DOUBTFUL: train/captures/capture: 6 of 6 depth maps hold no known depth" in done.stdout
+    assert "8 frames without depth" in done.stdout
+    assert "8 frames (0 with depth)" in vggt_prep("info", tmp_path / "set").stdout
+
+
+def test_depths_of_numpy_and_masks_of_vggt_omega_count(views, tmp_path):
+    WRITERS["unified"](tmp_path / "capture", views)
+    for i, view in enumerate(views):
+        (tmp_path / "capture" / "depths" / f"{i:03d}.exr").unlink()
+        np.save(tmp_path / "capture" / "depths" / f"{i:03d}.npy", view.depth.astype(np.float32))
+        mask = np.ones(view.depth.shape, np.uint8)
+        mask[:, :100] = 0
+        (tmp_path / "capture" / "masks").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "capture" / "masks" / f"{i:03d}.png"), mask)
+    opened = pack(tmp_path / "capture", tmp_path / "set", "--trust", "--short-side", 0)
+    for number, view in zip(in_order(opened), views, strict=True):
+        assert np.allclose(depth_of(opened, number)[:, 100:], view.depth[:, 100:], rtol=1e-3)
+        assert not depth_of(opened, number)[:, :100].any()
 
 
 def test_a_capture_without_a_usable_frame_and_two_frames_of_one_name_are_errors(views, tmp_path):

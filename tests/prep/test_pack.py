@@ -508,6 +508,63 @@ def test_what_changed_since_a_set_was_packed_is_said_and_made_again_where_its_ta
     assert not same[again.frames["sequence"] == 0].any()
 
 
+def test_a_shard_that_was_left_out_is_made_once_its_files_are_there(editable, tmp_path, caplog):
+    out = tmp_path / "set"
+    command = ("pack", *source_options(editable), "--out", out, "--short-side", 150, "--shard-frames", 24)
+    _, _, category, name = first_sequence(editable)
+    images = sorted((editable / "co3d" / category / name / "images").iterdir())
+    for image in images[1:]:
+        image.rename(tmp_path / image.name)
+    done = vggt_prep(*command, "--max-bad", 1)
+    assert "left out: too few usable frames" in done.stdout
+    before = shards.open(out).frames["jpg_crc"].tolist()
+    assert "packed before: nothing to do" in vggt_prep(*command).stdout  # nothing was repaired
+    for image in images[1:]:
+        (tmp_path / image.name).rename(image)
+    done = vggt_prep(*command)
+    assert done.returncode == 0, done.stderr
+    assert "files of theirs have other sizes or times now: train-000000" in caplog.text
+    after = shards.open(out).frames["jpg_crc"].tolist()
+    assert len(after) == len(before) + 24
+    assert {*before} < {*after}
+    assert "packed before: nothing to do" in vggt_prep(*command).stdout
+
+
+@pytest.mark.parametrize(("finished", "another"), [(True, True), (False, True), (False, False)])
+def test_changes_are_seen_in_a_shard_of_which_an_image_is_missing(
+    editable, tmp_path, caplog, monkeypatch, finished, another
+):
+    """another: whether one more is gone once files have changed."""
+    _, _, category, name = first_sequence(editable)
+    images = sorted((editable / "co3d" / category / name / "images").iterdir())
+    command = ("pack", *source_options(editable), "--out", tmp_path / "set", "--short-side", 150, "--max-bad", 0.1)
+    command = (*command, "--shard-frames", 24, "--min-frames", 20, "--no-pairs")
+    images[3].unlink()
+    if not finished:
+
+        def stopped(*_):
+            raise PackError("stopped")
+
+        monkeypatch.setattr("prep.packing.pack.finish", stopped)
+    assert vggt_prep(*command).returncode == (0 if finished else 1)
+    monkeypatch.undo()
+    for image in images[5:]:
+        image.write_bytes(images[0].read_bytes())
+    if another:
+        images[4].unlink()
+    assert vggt_prep(*command).returncode == 0
+    pictures = len(np.unique(shards.open(tmp_path / "set").frames["jpg_crc"][:23]))
+    if finished:
+        assert "files of train-000000 have other sizes or times than when it was packed" in caplog.text
+        assert pictures == 23
+    elif another:  # a disk may not be mounted: what there is stays
+        assert "kept, though files of theirs have other sizes or times now, as some are gone: train-0" in caplog.text
+        assert pictures == 23
+    else:
+        assert "made again, as files of theirs have other sizes or times now: train-000000" in caplog.text
+        assert pictures == 4
+
+
 def test_a_part_of_the_download_just_works(editable, tmp_path):
     _, _, category, name = first_sequence(editable)
     shutil.rmtree(editable / "co3d" / category / name)
