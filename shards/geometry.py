@@ -60,15 +60,18 @@ def move_points(
 ) -> np.ndarray:
     """A map of this shape: each known pixel of a depth map, moved to row * scale + offset, its column likewise.
 
-    Resampling would lose most scattered pixels. Where several meet, the nearest is kept: it may hide others.
+    Resampling would lose most scattered pixels. Where several meet, the one nearest to the pixel's center is kept, as
+    resampling does: the nearest to the camera would be too near.
     """
     places = np.nonzero(depth)
     values = depth[places]
-    y, x = (rounded(p * s + o) for p, s, o in zip(places, scale, offset, strict=True))
+    exact = [p * s + o for p, s, o in zip(places, scale, offset, strict=True)]
+    y, x = map(rounded, exact)
     inside = (y >= 0) & (x >= 0) & (y < shape[0]) & (x < shape[1])
-    farthest_first = np.flatnonzero(inside)[np.argsort(values[inside])[::-1]]
+    off_center = (exact[0] - y) ** 2 + (exact[1] - x) ** 2
+    nearest_last = np.flatnonzero(inside)[np.argsort(-off_center[inside], kind="stable")]
     moved = np.zeros(shape, depth.dtype)
-    moved[y[farthest_first], x[farthest_first]] = values[farthest_first]
+    moved[y[nearest_last], x[nearest_last]] = values[nearest_last]
     return moved
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,8 @@ from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from fsspec.exceptions import FSTimeoutError
 from fsspec.utils import get_protocol
+
+from shards import open_files
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def storage_at(location: str | Path) -> Storage:
 class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root
-        _forget(root)
+        open_files.forget(root)
 
     def __str__(self) -> str:
         return str(self.root)
@@ -94,8 +93,8 @@ class LocalStorage:
         parts = []
         for span in spans:
             path = self.root / span.file
-            with _said(str(path)), _lock:
-                parts.append(os.pread(_descriptor(path), span.end - span.start, span.start))
+            with _said(str(path)):
+                parts.append(open_files.read(path, span.start, span.end))
         return parts
 
     @contextmanager
@@ -170,8 +169,8 @@ class RemoteStorage:
                 "them here"
             )
         self.knows_ranges |= len(answer) == wanted
-        ends = len(answer) < wanted and tries >= len(RETRY_PAUSES)  # the file does, as it is there
-        return answer if len(answer) == wanted or ends else None
+        patient = tries < len(RETRY_PAUSES)  # else, if there is less, the file ends there
+        return None if len(answer) > wanted or (len(answer) < wanted and patient) else answer
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -182,7 +181,7 @@ class RemoteStorage:
             try:
                 yield Path(folder) / name
             finally:
-                _forget(Path(folder))  # an open file would keep the disk full
+                open_files.forget(Path(folder))  # an open file would keep the disk full
 
 
 class _Steady(Callback):
@@ -250,28 +249,8 @@ def _said(where: str) -> Iterator[None]:
         raise StorageError(f"{where}: {str(error) or repr(error)} ({type(error).__name__})") from error
 
 
-MAX_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # a process
-_descriptors: OrderedDict[Path, int] = OrderedDict()
-_lock = threading.Lock()  # a thread that reads ahead and one that replaces a frame share descriptors
 _filesystems: dict[str, tuple[Any, str]] = {}
 _inherited: list[dict[str, tuple[Any, str]]] = []  # of the parent: collected as garbage here, they would close there
-
-
-def _descriptor(path: Path) -> int:
-    """A file that stays open, of a limited number of them."""
-    if path not in _descriptors:
-        _descriptors[path] = os.open(path, os.O_RDONLY)
-        if len(_descriptors) > MAX_OPEN_FILES:
-            os.close(_descriptors.popitem(last=False)[1])
-    _descriptors.move_to_end(path)
-    return _descriptors[path]
-
-
-def _forget(root: Path) -> None:
-    """Close the files of a folder: a set that is opened may have taken the place of another."""
-    with _lock:
-        for path in [path for path in _descriptors if path.parent == root]:
-            os.close(_descriptors.pop(path))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -294,9 +273,7 @@ def _http_options(url: str) -> dict[str, Any]:
 
 
 def _start_clean() -> None:
-    """After a fork: another thread may have held the lock, and sessions of fsspec belong to the parent."""
-    global _lock
-    _lock = threading.Lock()
+    """After a fork: sessions of fsspec belong to the parent."""
     _inherited.append(dict(_filesystems))
     _filesystems.clear()
 

@@ -172,14 +172,17 @@ def what_is_known(labels: list[str], evaluator: Evaluator, split: str, allow_sha
     if split == "train":
         return "of the split that is trained on"
     shard_sets = evaluator.split.shard_sets
-    trained: list[Part] = [(shard_set, "train") for shard_set in shard_sets]
+    trained: list[Part] = []
     unknown: list[str] = []
     for parts, problems in map(trained_before, labels):
         trained, unknown = trained + parts, unknown + problems
     only = {(scene.source, scene.sequence) for sequence in evaluator.sequences for scene in sequence.step.scenes}
-    shared = shared_places(trained, [(shard_set, split) for shard_set in shard_sets], only)
+    tested = [(shard_set, split) for shard_set in shard_sets]
+    shared = shared_places(trained, tested, only)
     if not allow_shared_frames:
-        shared.check("--allow-shared-frames")
+        # What does not say it may well have been trained on these sets.
+        supposed = [(shard_set, "train") for shard_set in shard_sets] * bool(unknown)
+        shared_places(trained + supposed, tested, only).check("--allow-shared-frames")
     return "; ".join([shared.words] * shared.any + [*dict.fromkeys(unknown)])
 
 

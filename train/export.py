@@ -108,13 +108,17 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         if name not in base or base[name].shape != saved["model"][name].shape:
             raise ValueError(f"{init}: {name} is not there, or has another shape: {checkpoint} did not start from it")
     for name, value in saved["model"].items():
-        # Held in bf16, they are rounded.
-        if name not in trained and not (name in base and torch.equal(base[name].to(value.dtype), value)):
+        # Held in bf16, they are rounded, and stay so if the run goes on in float32.
+        if name not in trained and not (name in base and _are_equal(base[name], value)):
             raise ValueError(f"{init}: {name} is frozen, but has other values: {checkpoint} did not start from it")
     if saved.get("init_fingerprint") is not None and saved["init_fingerprint"] != fingerprint(base):
         raise ValueError(f"{init}: is not the checkpoint that {checkpoint} started from; give that one as --init")
     state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
     return state, config | {"heads": list(heads_in(base))}, len(trained)
+
+
+def _are_equal(base: Tensor, value: Tensor) -> bool:
+    return any(torch.equal(base.to(kind).to(value.dtype), value) for kind in (value.dtype, torch.bfloat16))
 
 
 def weight_places(path: Path) -> list[Path]:

@@ -111,4 +111,6 @@ def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
 
 def transform_points(pose: Tensor, points: Tensor) -> Tensor:
     """[R|t] [..., 3, 4] applied to [..., H, W, 3]."""
-    return torch.einsum("...ij,...hwj->...hwi", pose[..., :3], points) + pose[..., None, None, :, 3]
+    # Written out: GPUs may round what goes into a matrix product to 10 bits.
+    columns = pose[..., None, None, :, :].unbind(-1)
+    return sum((r * p[..., None] for r, p in zip(columns, points.unbind(-1), strict=False)), columns[3])

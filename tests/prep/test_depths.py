@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from prep.importers.source import DepthFile
-from prep.packing.depths import Target, _known, _placed, _read_float
+from prep.packing.depth_files import read_float
+from prep.packing.depths import Target, _known, _placed
 from prep.packing.reading import BadFrameError
 
 
@@ -99,6 +100,6 @@ def test_of_the_channels_of_an_exr_the_depth_is_read_or_none(tmp_path, scene, na
     OpenEXR.File(header, channels).write(str(tmp_path / "d.exr"))
     if right is None:
         with pytest.raises(BadFrameError, match="none is called Z or depth"):
-            _read_float(tmp_path / "d.exr")
+            read_float(tmp_path / "d.exr")
     else:
-        assert np.array_equal(_read_float(tmp_path / "d.exr"), scene)
+        assert np.array_equal(read_float(tmp_path / "d.exr"), scene)

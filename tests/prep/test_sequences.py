@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,6 +20,8 @@ from shards.splits import shared_places
 from train.config import load_config
 from train.data.split import Split
 from train.engine.lineage import trained_before, trained_width, what_is_validated
+from train.evaluate import what_is_known
+from train.evaluation.protocol import Protocol, choose
 from vggt.weights import fingerprint
 
 OPTIONS = ("--short-side", 80)
@@ -155,6 +158,10 @@ def test_a_test_on_places_that_are_trained_on_is_called_that(known_places, tmp_p
     assert [(str(shard_set), split) for shard_set, split in parts] == [(str(known_places), "train")]
     assert unknown == []
     assert (trained_width(str(latest)), trained_width("facebook/VGGT-1B")) == (56, None)
+    protocol = Protocol(min_frames=8, views=3, width=56)
+    evaluator = SimpleNamespace(split=Split([opened], "test"), sequences=choose([opened], protocol))
+    assert "other frames of places" in what_is_known([str(latest)], evaluator, "test", False)
+    assert what_is_known(["nano"], evaluator, "test", False) == ""  # which never saw this set
     options = ("--shards", tmp_path / "test", "--checkpoint", latest, "--out", tmp_path / "eval")
     small = ("--min-frames", 8, "--views", 3, "--width", 56)
     evaluated = run_command("python", "-m", "train.evaluate", *options, *small, OMP_NUM_THREADS="1")

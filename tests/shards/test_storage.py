@@ -256,7 +256,7 @@ def test_a_fork_while_another_thread_reads_does_not_hang(shard_dir):
     expected = opened.read(3)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    with shards.storage._lock:  # as that thread holds it
+    with shards.open_files._lock:  # as that thread holds it
         child = context.Process(target=read_in_child, args=(opened, 3, queue))
         child.start()
     assert queue.get(timeout=60)[1] == expected

@@ -186,9 +186,12 @@ def _validations(config: TrainConfig, history: ValidationHistory, validated: Sha
 
 def _to_use(config: TrainConfig, history: ValidationHistory) -> list[str]:
     """The checkpoint to use: the best, what the run began from if nothing was better, or the last."""
-    folder, rule = history.out_dir / CHECKPOINTS, config.checkpoint.best
-    by = rule if isinstance(rule, str) else f"{' and '.join(rule)} together, no headline metric worse beyond the noise"
-    validations = history.comparable
+    folder, rule, validations = history.out_dir / CHECKPOINTS, config.checkpoint.best, history.comparable
+    if isinstance(rule, str):
+        by = rule
+    else:
+        measured = [name for name in rule if any(name in scene for line in validations for scene in line["scenes"])]
+        by = f"{' and '.join(measured)}{' together' * (len(measured) > 1)}, no headline metric worse beyond the noise"
     if not isinstance(rule, str) and validations and len(validations[-1]["scenes"]) < MIN_SCENES:
         by += f", which {count(len(validations[-1]['scenes']), 'scene')} cannot tell"
     best = history.best_step(rule, steps_saved(folder))

@@ -12,8 +12,18 @@ from typing import Any
 
 from shards import ShardSet
 from shards.locks import locked
-from train.engine.checkpoint import BEST, LATEST, best_saved, find_newest, keep, load, step_file, steps_saved
-from train.engine.settings import TrainConfig, read_config, to_dict
+from train.engine.checkpoint import (
+    BEST,
+    CHECKPOINT_NAME,
+    LATEST,
+    best_saved,
+    find_newest,
+    keep,
+    load,
+    step_file,
+    steps_saved,
+)
+from train.engine.settings import CONFIG_FILE, TrainConfig, read_config, to_dict
 from train.engine.streams import saved_streams
 from train.evaluation.history import ValidationHistory
 from train.report.logger import METRICS_FILE
@@ -146,6 +156,23 @@ def real_name(init: str) -> str:
     """`init`, with a link resolved: checkpoints/latest will point at another checkpoint later."""
     path = Path(init).expanduser()
     return str(path.resolve()) if path.is_symlink() else init
+
+
+def hold_init(init: str) -> str:
+    """Keep an `init` that is a checkpoint of another run, which would drop it when it goes on; what to say of it.
+
+    Adapters, and what is exported, need it as long as they are used.
+    """
+    path = Path(init).expanduser().absolute()
+    step = CHECKPOINT_NAME.fullmatch(path.name)
+    of_run = path.parent.name == CHECKPOINTS and (path.parent.parent / CONFIG_FILE).is_file()
+    if step is None or not of_run or not path.is_file():
+        return ""
+    try:
+        link = keep(path.parent, int(step[1]))
+    except OSError as error:
+        return f"{path} belongs to a run that may drop it, and cannot be kept there ({error}): copy it, or export it"
+    return f"{path} is kept, by {link.name} beside it: this run begins from it"
 
 
 def with_init_of(config: TrainConfig, before: str | None) -> TrainConfig:

@@ -106,7 +106,7 @@ class Run:
                 return self._end_early(state, self._problem_of_any(None))
             state, step = raw["after"], raw["after"].step
             if outcome.finite:
-                window.add(outcome.terms, outcome.norms, raw["images"].shape[:2].numel(), began, waited)
+                window.add(outcome, raw["images"].shape[:2].numel(), began, waited)
             try:
                 self._account(raw, outcome, lr, window, tally)
             except ValueError as error:  # on every rank

@@ -19,10 +19,13 @@ from train.runtime.profiler import part
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """terms and norms: loss terms and gradient norms, tensors on the device. The rest is the same on every rank."""
+    """terms and norms: loss terms and gradient norms, tensors on the device; has_scale: 1.0 there if the scale of any
+    scene was defined, else 0.0. The rest is the same on every rank.
+    """
 
     terms: dict[str, Tensor]
     norms: dict[str, Tensor]
+    has_scale: Tensor
     finite: bool
     stop: bool
     abandoned: bool
@@ -83,4 +86,5 @@ def train_step(
         with part("optimizer"):
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(terms, norms, not broken, stops > 0, abandoned > 0, int(all_bad), int(all_tried))
+    has_scale = batch["has_scale"].any().double()
+    return StepOutcome(terms, norms, has_scale, not broken, stops > 0, abandoned > 0, int(all_bad), int(all_tried))

@@ -10,6 +10,7 @@ import torch
 
 from train.engine.settings import TrainConfig
 from train.engine.step import StepOutcome
+from train.objective.losses import needs_scale
 from train.report.words import describe_damage
 from train.runtime.distributed import World
 
@@ -24,22 +25,28 @@ class Window:
 
     def _clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
+        self.scaled = torch.zeros(())  # steps whose terms of lengths count
         self.steps, self.images, self.waited, self.seconds = 0, 0, 0.0, 0.0
 
-    def add(
-        self, terms: dict[str, torch.Tensor], norms: dict[str, torch.Tensor], images: int, began: float, waited: float
-    ) -> None:
-        for name, value in (terms | {f"grad_norm_{k}": v for k, v in norms.items()}).items():
+    def add(self, outcome: StepOutcome, images: int, began: float, waited: float) -> None:
+        for name, value in (outcome.terms | {f"grad_norm_{k}": v for k, v in outcome.norms.items()}).items():
             self.sums[name] = self.sums.get(name, 0) + value
+        self.scaled = outcome.has_scale + self.scaled
         self.steps, self.images = self.steps + 1, self.images + images
         self.waited, self.seconds = self.waited + waited, self.seconds + time.perf_counter() - began
 
     def take_means(self, world: World) -> dict[str, float]:
-        """The means over the steps and over the ranks; the next ones are of what comes after."""
-        values = torch.stack(list(self.sums.values())).double() / self.steps
-        means = (world.sum(values) / world.size).tolist()
+        """The means over the steps and over the ranks; the next ones are of what comes after.
+
+        Terms of lengths are left out if no scene had a defined scale.
+        """
+        values = torch.stack(list(self.sums.values())).double()
+        steps = torch.full_like(self.scaled, self.steps)
+        counts = torch.stack([self.scaled if needs_scale(name) else steps for name in self.sums])
+        sums, counts = world.sum(torch.stack([values, counts])).tolist()
         rates = {"images_per_s": self.images * world.size / self.seconds, "data_wait": self.waited / self.seconds}
-        found = dict(zip(self.sums, means, strict=True)) | rates
+        means = zip(self.sums, sums, counts, strict=True)
+        found = {name: value / count for name, value, count in means if count} | rates
         self._clear()
         return found
 

@@ -109,6 +109,7 @@ def predicted_points(predictions: dict[str, Any], height: int, width: int) -> di
     found = {}
     if "pose_enc" in predictions and "depth" in predictions:
         extrinsics, intrinsics = decode_pose(predictions["pose_enc"].double(), height, width)
+        intrinsics[..., :2, 2] -= 0.5  # of pixels whose centers are whole numbers, as those of the truth
         rays = unproject(predictions["depth"][..., 0].double(), intrinsics)
         found["points"] = transform_points(invert_se3(extrinsics), rays).float()
     if "world_points" in predictions:

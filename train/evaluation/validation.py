@@ -14,7 +14,7 @@ from train.evaluation.history import compared_plan
 from train.evaluation.metrics import scene_metrics
 from train.evaluation.predict import Metrics, predict, scene_name
 from train.evaluation.scene_result import SceneResult, scene_result
-from train.objective.losses import LossConfig, losses, normalizer_of
+from train.objective.losses import LossConfig, losses, needs_scale, normalizer_of
 from train.objective.targets import Batch
 from train.runtime.distributed import World
 from train.runtime.precision import Precision
@@ -117,6 +117,6 @@ def scene_losses(predictions: dict[str, Any], batch: Batch, config: LossConfig) 
     """The loss terms of one scene (a batch of one), without those of lengths if its scale is not known."""
     terms = losses(predictions, batch, normalizer_of(batch, config), config)
     values = {name: float(value) for name, value in terms.items()}
-    if not batch["has_scale"][0]:  # a zero would pass for perfect
-        values = {n: v for n, v in values.items() if n != "loss_T" and not n.endswith(("_depth", "_point"))}
+    if not batch["has_scale"][0]:
+        values = {name: value for name, value in values.items() if not needs_scale(name)}
     return values

@@ -127,6 +127,11 @@ def losses(predictions: dict[str, Any], batch: Batch, normalizer: Normalizer, co
     return {OBJECTIVE: objective} | terms
 
 
+def needs_scale(term: str) -> bool:
+    """Whether a term is 0 without scenes of a defined scale, which would pass for perfect."""
+    return term in ("loss_T", "loss_match") or (term.startswith("loss_") and term.endswith(("_depth", "_point")))
+
+
 def camera_loss(encodings: list[Tensor], batch: Batch, normalizer: Normalizer, config: LossConfig) -> dict[str, Tensor]:
     """Encodings of each of R iterations [B, S, 9] against the true cameras: loss_camera, loss_T, loss_R, loss_FL."""
     height, width = batch["images"].shape[-2:]

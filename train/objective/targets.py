@@ -54,8 +54,9 @@ def normalize_scenes(
     mask bool [B, S, H, W]. Returns extrinsics, depth, world points [B, S, H, W, 3] and the scale [B], as depth's type.
     The poses are composed in the type they come in: coordinates far from the origin need float64.
     """
-    relative = relative_pose(extrinsics, extrinsics[:, :1]).to(depth.dtype)
-    points = transform_points(invert_se3(relative), unproject(depth, intrinsics))
+    relative = relative_pose(extrinsics, extrinsics[:, :1])
+    points = transform_points(invert_se3(relative).to(depth.dtype), unproject(depth, intrinsics))
+    relative = relative.to(depth.dtype)
     distance = points.norm(dim=-1) * mask
     scale = (distance.sum((1, 2, 3)) / (mask.sum((1, 2, 3)) + 1e-3)).clamp(*SCALE_RANGE)
     rotation, translation = relative[..., :3], relative[..., 3:] / scale[:, None, None, None]

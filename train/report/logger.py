@@ -53,7 +53,8 @@ class Reporter:
             warnings.simplefilter("ignore")  # protobuf's, on import
             from torch.utils.tensorboard import SummaryWriter
         threading.excepthook = _tell_of_thread
-        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step)
+        # The step that a run resumes at is done; what comes after it is logged again.
+        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step + resumed)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=20),

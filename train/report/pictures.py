@@ -61,7 +61,9 @@ def scene_block(scene: SceneResult) -> np.ndarray:
     body = drawing.stack([drawing.row(list(row)) for row in rows.values()])
     above = [("true cameras, from above", scene.true_cameras, truth)]
     if scene.predicted_cameras is not None and scene.predicted_cameras.extrinsics.isfinite().all():
-        above.append(("predicted, from above", scene.predicted_cameras, truth if predicted is None else predicted))
+        # Not scaled as depth is, for the cameras are not.
+        depth = truth if scene.predicted is None else _finite(scene.predicted[:views])
+        above.append(("predicted, from above", scene.predicted_cameras, depth))
     side = max(160, len(body) // 2 - drawing.TEXT_HEIGHT)
     maps = [
         part for name, cameras, depth in above for part in (drawing.text(name, side), _top_down(cameras, depth, side))

@@ -89,7 +89,7 @@ def plane(k, height, width):
 
 @pytest.mark.parametrize("width", [28, 224, 1120])
 def test_each_point_of_sparse_depth_in_a_crop_is_in_one_pixel_of_it(width):
-    """Unless a nearer one is in the same: also where the crop is much smaller, or larger, than the image."""
+    """Of several the one nearest to its center: also where the crop is much smaller, or larger, than the image."""
     rng = np.random.default_rng(width)
     depth = np.zeros((480, 640), np.float16)
     rows, columns = rng.integers(0, 480, 300), rng.integers(0, 640, 300)
@@ -98,14 +98,32 @@ def test_each_point_of_sparse_depth_in_a_crop_is_in_one_pixel_of_it(width):
     center, scale = (322.3, 238.6), width / 600
     expected = {}
     for y, x in zip(*np.nonzero(depth), strict=True):
-        place = tuple(
-            round((v - c) * scale + (n - 1) / 2)
-            for v, c, n in ((y, center[1], shape.height), (x, center[0], shape.width))
-        )
+        exact = [
+            (v - c) * scale + (n - 1) / 2 for v, c, n in ((y, center[1], shape.height), (x, center[0], shape.width))
+        ]
+        place = tuple(map(round, exact))
         if 0 <= place[0] < shape.height and 0 <= place[1] < shape.width:
-            expected[place] = min(expected.get(place, np.inf), depth[y, x])
+            off = np.hypot(exact[0] - place[0], exact[1] - place[1])
+            expected[place] = min(expected.get(place, (np.inf, 0)), (off, depth[y, x]))
     found = crop_depth(depth, center, scale, shape)
-    assert {(int(y), int(x)): found[y, x] for y, x in zip(*np.nonzero(found), strict=True)} == expected
+    assert {(int(y), int(x)): found[y, x] for y, x in zip(*np.nonzero(found), strict=True)} == {
+        place: value for place, (_, value) in expected.items()
+    }
+
+
+def test_coarse_depth_is_as_far_in_small_crops_as_in_large_ones():
+    """Of several samples in a pixel the nearest to the camera would be too near."""
+    k = np.array([[500.0, 0, 319.5], [0, 500, 239.5], [0, 0, 1]])
+    truth = plane(k, 480, 640) * np.random.default_rng(3).uniform(0.9, 1.1, (480, 640))
+    depth = np.zeros((480, 640), np.float16)
+    depth[1::3, 1::3] = truth[1::3, 1::3]
+    for width in (56, 112, 518):
+        shape, scale = StepShape(2, width // 2 // 14 * 14, width), width / 600
+        found = crop_depth(depth, (319.5, 239.5), scale, shape)
+        small = k * [[scale, 1, 1], [1, scale, 1], [1, 1, 1]]
+        small[:2, 2] = (shape.width - 1) / 2, (shape.height - 1) / 2
+        ratio = found[found > 0] / plane(small, shape.height, shape.width)[found > 0]
+        assert np.mean(ratio) == pytest.approx(1, abs=4e-3)
 
 
 def test_samples_of_coarse_depth_are_kept_by_a_crop_and_dense_depth_is_picked():
@@ -256,7 +274,7 @@ def test_a_sequence_without_a_usable_frame_gives_way_to_the_next(shard_dir, spli
         one_scene(broken, Scene(0, 0, (1, 2), None), shape)
     for tar in (tmp_path / "damaged").glob("*.tar"):
         tar.unlink()
-    shards.storage._descriptors.clear()
+    shards.open_files._descriptors.clear()
     with pytest.raises(FileNotFoundError, match=r"train-000000.tar: no such file"):
         one_scene(broken, Scene(0, 0, (1, 2), None), shape)
 

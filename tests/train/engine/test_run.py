@@ -22,13 +22,16 @@ import shards
 from train.config import load_config
 from train.data.plan import DataState, TrainingPlan
 from train.data.split import Split
-from train.engine.checkpoint import mark_best, save
-from train.engine.folder import find_start, keep_former_choices, locked_folder, with_init_of
+from train.engine.checkpoint import CheckpointConfig, mark_best, save, steps_saved
+from train.engine.folder import find_start, hold_init, keep_former_choices, locked_folder, real_name, with_init_of
 from train.engine.lineage import began_from
 from train.engine.settings import to_dict
+from train.engine.step import StepOutcome
+from train.engine.tally import Window
 from train.evaluation.history import VALIDATION_FILE, ValidationHistory, compared_plan
 from train.evaluation.metrics import METRICS
 from train.report.logger import Reporter
+from train.runtime.distributed import World
 from train.runtime.jsonl import append_line, read_jsonl
 from vggt import VGGT, preset
 
@@ -226,6 +229,53 @@ def test_lines_that_a_kill_cut_off_and_those_of_another_start_are_forgotten(tmp_
             assert [line["step"] for line in history.lines] == left
             assert history.has(0, {}, []) == resumed
             assert not history.has(0, {"val_views": 3}, [])
+
+
+def test_the_curves_of_a_resumed_run_keep_the_step_it_resumes_at(tmp_path):
+    for first, last in ((0, 4), (4, 8)):
+        resumed = first > 0
+        with Reporter(tmp_path, is_main=True, first_step=first, total_steps=last, resumed=resumed) as reporter:
+            for step in range(first, last + 1):
+                if step > first or not resumed:
+                    reporter.scalars(step, "test", {"auc_30": step / 10})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("test/auc_30")] == [*range(9)]
+
+
+def test_terms_of_lengths_are_averaged_over_the_steps_that_have_them():
+    world = World(0, 1, 1, torch.device("cpu"))
+
+    def outcome(has_scale):
+        terms = {"loss_R": torch.tensor(0.4), "loss_T": torch.tensor(0.3 * has_scale)}
+        terms["loss_reg_depth"] = torch.tensor(0.2 * has_scale)
+        return StepOutcome(terms, {}, torch.tensor(float(has_scale)).double(), True, False, False, 0, 8)
+
+    window = Window()
+    for has_scale in (True, False, False, True):
+        window.add(outcome(has_scale), 8, 0.0, 0.0)
+    means = window.take_means(world)
+    assert [means[name] for name in ("loss_R", "loss_T", "loss_reg_depth")] == pytest.approx([0.4, 0.3, 0.2])
+    window.add(outcome(False), 8, 0.0, 0.0)
+    means = window.take_means(world)
+    assert "loss_R" in means
+    assert not {"loss_T", "loss_reg_depth"} & means.keys()
+
+
+def test_another_run_keeps_the_checkpoint_that_a_run_begins_from(tmp_path):
+    folder = tmp_path / "checkpoints"
+    keep_one = CheckpointConfig(every=1, keep=1, milestone=1000)
+    for step in (1, 2, 3):
+        save(folder, step, {"model": {"a": torch.zeros(1)}}, keep_one)
+        (tmp_path / "config.yaml").write_text("")
+        if step == 2:
+            begin = real_name(str(folder / "latest"))
+            assert hold_init(begin) == f"{begin} is kept, by keep-00000002 beside it: this run begins from it"
+    assert steps_saved(folder) == [2, 3]
+    assert hold_init(str(folder / "step-00000007.pt")) == hold_init("nano") == ""
+    shutil.copy(begin, tmp_path / "step-00000002.pt")
+    assert hold_init(str(tmp_path / "step-00000002.pt")) == ""
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from plotly.offline import get_plotlyjs
 from train.evaluation.scene_result import Cameras, SceneResult
 from train.report.charts import cumulative, line_chart
 from train.report.page import make_page
+from train.report.pictures import scene_block
 from train.report.viewer import _upright, scene_figure
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -139,6 +141,22 @@ def a_result(**changes):
         "predicted_cameras": Cameras(torch.cat([extrinsics[..., :3], extrinsics[..., 3:] / 2], -1), intrinsics),
     }
     return SceneResult(**fields | changes)
+
+
+def test_cameras_from_above_look_the_same_in_any_unit_of_the_prediction():
+    scene = a_result()
+    pictures = []
+    for unit in (1.0, 0.25):
+        cameras = scene.predicted_cameras
+        extrinsics = torch.cat([cameras.extrinsics[..., :3], cameras.extrinsics[..., 3:] * unit], -1)
+        changed = replace(
+            scene,
+            predicted=scene.predicted * unit,
+            scale=scene.scale / unit,
+            predicted_cameras=Cameras(extrinsics, cameras.intrinsics),
+        )
+        pictures.append(scene_block(changed))
+    assert np.array_equal(*pictures)
 
 
 def layers(**changes):
