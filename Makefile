@@ -85,7 +85,7 @@ else ifneq ($(CO3D_DIR),)
 else
 	@case "$$SHARDS" in "~/"*) SHARDS="$$HOME/$${SHARDS#??}";; esac; \
 	if [ -e "$$SHARDS/dataset.json" ]; then echo "$$SHARDS is there: using it"; \
-	elif [ -z "$${SHARDS##*://*}" ]; then echo "using $$SHARDS"; \
+	elif [ "$${SHARDS#*://}" != "$$SHARDS" ]; then echo "using $$SHARDS"; \
 	elif [ -n "$(SHARDS_GIVEN)" ] || [ -d "$$SHARDS" ] || { [ -L "$$SHARDS" ] && ! $(IS_DEMO); }; then \
 	  echo "$$SHARDS: no finished shard set; pack one with CAPTURES=... or CO3D_DIR=..."; exit 2; \
 	else \

@@ -216,7 +216,7 @@ def pack_source(
         if found.split:
             click.echo(f"testing on {shortened(sorted(found.split))}")
         if found.torn:
-            click.echo(f"of the same room as others that are trained on: {shortened(found.torn)}")
+            click.echo(f"tested on, though others of the same place are trained on: {shortened(found.torn)}")
         if found.same_places:
             click.echo("testing on the last frames of each capture: places that are trained on")
         return found

@@ -60,19 +60,26 @@ def move_points(
 ) -> np.ndarray:
     """A map of this shape: each known pixel of a depth map, moved to row * scale + offset, its column likewise.
 
-    Resampling would lose most scattered pixels. Where several meet, the one nearest to the pixel's center is kept, as
-    resampling does: the nearest to the camera would be too near.
+    Resampling would lose most scattered pixels.
     """
     places = np.nonzero(depth)
-    values = depth[places]
-    exact = [p * s + o for p, s, o in zip(places, scale, offset, strict=True)]
-    y, x = map(rounded, exact)
+    rows, columns = (p * s + o for p, s, o in zip(places, scale, offset, strict=True))
+    return put_points(rows, columns, depth[places], shape)
+
+
+def put_points(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A map of this shape with values [n] in the pixels nearest to rows and columns [n], finite; 0 elsewhere.
+
+    Where several meet, the one nearest to the pixel's center is kept, as resampling does: the nearest to the camera
+    would be too near.
+    """
+    y, x = rounded(rows), rounded(columns)
     inside = (y >= 0) & (x >= 0) & (y < shape[0]) & (x < shape[1])
-    off_center = (exact[0] - y) ** 2 + (exact[1] - x) ** 2
+    off_center = (rows - y) ** 2 + (columns - x) ** 2
     nearest_last = np.flatnonzero(inside)[np.argsort(-off_center[inside], kind="stable")]
-    moved = np.zeros(shape, depth.dtype)
-    moved[y[nearest_last], x[nearest_last]] = values[nearest_last]
-    return moved
+    put = np.zeros(shape, values.dtype)
+    put[y[nearest_last], x[nearest_last]] = values[nearest_last]
+    return put
 
 
 AGREEMENT = 0.02  # of the depth: how far two views may differ on a point that both see

@@ -137,9 +137,7 @@ class RemoteStorage:
             paths = [f"{root}/{span.file}" for span in missing]
             found = _cat_ranges(fs, paths, [s.start for s in missing], [s.end for s in missing])
             answers = dict(zip(missing, found, strict=True))
-            for span, answer in answers.items():
-                if (part := self._part(span, answer, tries)) is not None:
-                    parts[span] = part
+            parts |= {span: part for span, a in answers.items() if (part := self._part(span, a, tries)) is not None}
             missing = [span for span in missing if span not in parts]
             if not missing:
                 return [parts[span] for span in spans]
@@ -169,8 +167,9 @@ class RemoteStorage:
                 "them here"
             )
         self.knows_ranges |= len(answer) == wanted
-        patient = tries < len(RETRY_PAUSES)  # else, if there is less, the file ends there
-        return None if len(answer) > wanted or (len(answer) < wanted and patient) else answer
+        if len(answer) < wanted and tries >= len(RETRY_PAUSES) and self._size(span.file) == span.start + len(answer):
+            return answer  # the file ends there
+        return answer if len(answer) == wanted else None
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

@@ -29,8 +29,8 @@ from shards.writer import atomic_file
 from train.config import user_path
 from train.data.split import Split
 from train.data.workers import worker_count
+from train.engine.folder import run_of
 from train.engine.lineage import began_from, trained_before, trained_width
-from train.engine.settings import CONFIG_FILE
 from train.evaluation.baselines import mean_relative_pose
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.metrics import METRICS
@@ -181,17 +181,9 @@ def what_is_known(labels: list[str], evaluator: Evaluator, split: str, allow_sha
     shared = shared_places(trained, tested, only)
     if not allow_shared_frames:
         # What does not say it may well have been trained on these sets.
-        supposed = [(shard_set, "train") for shard_set in shard_sets] * bool(unknown)
-        shared_places(trained + supposed, tested, only).check("--allow-shared-frames")
+        supposed = [(shard_set, "train") for shard_set in shard_sets]
+        (shared_places(trained + supposed, tested, only) if unknown else shared).check("--allow-shared-frames")
     return "; ".join([shared.words] * shared.any + [*dict.fromkeys(unknown)])
-
-
-def run_of(source: str) -> Path | None:
-    """The folder of the run that a checkpoint lies in, if it does."""
-    path = Path(source).expanduser().absolute()
-    folder = path.parent
-    is_run = path.is_file() and folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).is_file()
-    return folder.parent if is_run else None
 
 
 def probe(out: Path) -> None:

@@ -106,11 +106,8 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     newest = world.from_main(lambda: find_start(config, out_dir, repair=not dry))
     saved = None if newest is None else load_run(newest)
     changes: list[str] = []
-    held_init = ""
     if saved is None:
         config = replace(config, init=config.init and real_name(config.init))
-        if config.init is not None and not dry:
-            held_init = world.from_main(partial(hold_init, config.init))
     else:
         check_resumable(saved, config, shard_sets)
         config = with_init_of(config, saved["config"].get("init"))
@@ -173,7 +170,9 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=total, resumed=resumed)
     if state.step:
         reporter.say(f"resuming {out_dir} at step {state.step} of {total}, its last checkpoint")
-    for change in [*changes, *filter(None, [held_init])]:
+    if not resumed and config.init is not None and (held_init := world.from_main(partial(hold_init, config.init))):
+        changes.append(held_init)
+    for change in changes:
         reporter.say(change)
     if state.step >= total:
         reporter.say("it is finished: raise epochs or max_steps to continue, or give another out_dir")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prep.importers.layouts import FORMATS, WITHOUT_INTRINSICS, capture_folders, passed_over
+from prep.importers.layouts import FORMATS, MAY_LACK_INTRINSICS, capture_folders, passed_over
 from prep.importers.source import Capture, Frame, Intrinsics, Sequence, by_number
 from shards.index import sha256
 from shards.schema import SPLITS
@@ -127,8 +127,8 @@ class Captures:
 
 def read_captures(layout: str, folder: Path, options: CaptureOptions) -> list[Capture]:
     """The captures in a folder of this layout, as the options say. Raises ValueError for one that cannot be used."""
-    if options.intrinsics is not None and layout not in WITHOUT_INTRINSICS:
-        raise ValueError(f"{folder}: --intrinsics is for {' and '.join(WITHOUT_INTRINSICS)}; {layout} says its own")
+    if options.intrinsics is not None and layout not in MAY_LACK_INTRINSICS:
+        raise ValueError(f"{folder}: --intrinsics is for {' and '.join(MAY_LACK_INTRINSICS)}; {layout} says its own")
     captures = [_reduced(capture, options) for capture in FORMATS[layout].read(folder, options.intrinsics)]
     for capture in captures:
         _check_frames(capture)

@@ -51,7 +51,7 @@ FORMATS: dict[str, Layout] = {
     "wai": wai,
     "frames": frames,
 }
-WITHOUT_INTRINSICS = ("tum", "sevenscenes")  # layouts that may not say the camera
+MAY_LACK_INTRINSICS = ("tum", "sevenscenes")
 # What cannot be read, by patterns of its files, and what to do.
 UNREAD = {
     ("transforms_train.json",): "It looks like a NeRF scene in splits: rename the file of one to transforms.json",

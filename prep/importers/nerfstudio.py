@@ -28,15 +28,15 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError that names the file and the key."""
     path = folder / FILE
     content = read_json(path)
+    # Of the poses, not of the depths.
+    scale = float(content.get("applied_scale", 1.0))
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{path}: applied_scale {scale:g}: expected more than 0")
 
     def depth_of(values: dict[str, Any]) -> DepthFile | None:
         if values.get("depth_file_path") is None:
             return None
         place = folder / str(values["depth_file_path"])
-        # What was applied to the poses was not applied to the depths.
-        scale = float(content.get("applied_scale", 1.0))
-        if not 0 < scale < math.inf:
-            raise ValueError(f"applied_scale {scale:g}: expected more than 0")
         is_png = place.suffix.lower() == ".png"
         return DepthFile(
             path=place, encoding="uint16" if is_png else "float", unit=(DEPTH_UNIT if is_png else 1.0) * scale
@@ -108,7 +108,9 @@ def _frame(folder: Path, values: dict[str, Any], extrinsics: np.ndarray, depth: 
 
 def _in_folder(image: Path, folder: Path) -> Path:
     """The path from the capture's folder, which an absolute one may call by another name. Raises ValueError."""
-    for base in (folder, folder.absolute(), folder.resolve()):
+    if image.is_relative_to(folder):
+        return image.relative_to(folder)
+    for base in (folder.absolute(), folder.resolve()):
         if image.is_relative_to(base):
             return image.relative_to(base)
     raise ValueError(f"its path is absolute, and not in {folder.resolve()}")

@@ -72,16 +72,17 @@ def _depth_channel(names: list[str]) -> str:
     """Which of these channels holds depths: ViewLayer.Depth.Z, of several. Raises BadFrameError."""
     if len(names) == 1:
         return names[0]
-    parts = {name: name.lower().split(".") for name in names}
+    parts = [name.lower().split(".") for name in names]
     for fits in (
-        lambda name: parts[name] in (["z"], ["depth"]),
-        lambda name: "depth" in parts[name] or parts[name][-1] == "z",
-        lambda name: parts[name] in (["y"], ["r"]),
+        lambda part: part in (["z"], ["depth"]),
+        lambda part: "depth" in part,
+        lambda part: part[-1] == "z" and [*part[:-1], "x"] not in parts,  # else it is of a vector
+        lambda part: part in (["y"], ["r"]),
     ):
-        found = [name for name in names if fits(name)]
+        found = [name for name, part in zip(names, parts, strict=True) if fits(part)]
         if len(found) == 1:
             return found[0]
-    raise BadFrameError("depth is one of several channels, and none is called Z or depth", ", ".join(names))
+    raise BadFrameError("depth is one of several channels, and not just one is called Z or depth", ", ".join(names))
 
 
 def _read_colmap(path: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ from prep.importers.source import DepthFile, Frame
 from prep.packing.depth_files import read_depth
 from prep.packing.lens import Lens
 from prep.packing.reading import BadFrameError, read_file, read_image, read_png
-from shards.geometry import are_scattered, nearest, project, rounded
+from shards.geometry import are_scattered, nearest, project, put_points, rounded
 
 FAR_PERCENTILE = 98.0  # of valid stereo depths: what lies farther is mostly noise
 Mask = tuple[Path, int]  # a file, and the number above which depth counts
@@ -20,8 +20,10 @@ MAX_ASPECT = 1.02  # of a depth map over its image
 KEPT_SCALES = (1e-2, 1e3)  # of median depths that are stored as they are
 MAX_SCALE = 2.0**30
 SATURATED = 65535  # of 16-bit depths: unknown, or beyond what can be counted
-LOOKED_AT = 8  # one in so many rows tells whether depths are scattered: picked, most of them would be lost
-BACKGROUND_OCTAVES = 4  # without any depth, between the scene and what renderers write where there is nothing
+ROW_STEP = 8  # of the rows that tell whether depths are scattered: picked, most of them would be lost
+BACKGROUND = 65504.0  # the largest half float, and other numbers so far: what renderers write where there is nothing
+GAP = 16  # from the farthest depth of a scene to a nearer background
+MIN_SCENE = 0.005  # of the known pixels: fewer may be strays in front of a wall
 
 
 Affine = list[tuple[float, float]]  # factor and offset of rows, and of columns
@@ -86,13 +88,15 @@ class Target:
         return rows, columns, inside[0] & inside[1]
 
     def scatter(self, depth: np.ndarray, own: np.ndarray | None) -> np.ndarray:
-        """Put each sample of a depth map [h, w], coarser than the stored image, in one pixel; gaps stay empty."""
+        """Put each known depth of a map [h, w], coarse or scattered, in one pixel; gaps stay empty."""
         rows, columns = np.nonzero(depth > 0)
         (row_scale, row_offset), (column_scale, column_offset) = self._to_map(depth.shape, own)
         pixels = np.column_stack([(columns - column_offset) / column_scale, (rows - row_offset) / row_scale])
         if self.lens is not None:
             pixels = self.lens.from_source(pixels)
-        return self.place((pixels + 0.5) * self.factor[::-1] - 0.5, depth[rows, columns])
+        x, y = ((pixels + 0.5) * self.factor[::-1] - 0.5).T
+        seen = np.isfinite(x) & np.isfinite(y)
+        return put_points(y[seen], x[seen], depth[rows, columns][seen], self.size)
 
     def _to_map(self, shape: tuple[int, ...], own: np.ndarray | None) -> Affine:
         """Factor and offset of the rows, and of the columns, of source pixels in a map of this shape."""
@@ -158,7 +162,7 @@ def _placed(depth: DepthFile, target: Target) -> np.ndarray:
     aspects = [shape[1] / shape[0] for shape in (values.shape, target.source)]
     if depth.intrinsics is None and not 1 / MAX_ASPECT < aspects[0] / aspects[1] < MAX_ASPECT:
         raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
-    if values.shape[0] < target.size[0] or are_scattered(_known(values[::LOOKED_AT])):
+    if values.shape[0] < target.size[0] or are_scattered(_known(values[::ROW_STEP])):
         values = target.scatter(_known(values), depth.intrinsics)
     else:
         values = _known(target.pick(values, depth.intrinsics))
@@ -167,28 +171,28 @@ def _placed(depth: DepthFile, target: Target) -> np.ndarray:
 
 def _known(values: np.ndarray) -> np.ndarray:
     """float32 [h, w], 0 where unknown."""
-    known = np.isfinite(values) & (values > 0)
     if values.dtype == np.uint16:
-        known &= values != SATURATED
-    known = np.where(known, values, 0).astype(np.float32)
-    return np.where(known < _background(known), known, 0)
+        return np.where(values != SATURATED, values, 0).astype(np.float32)
+    known = np.where(np.isfinite(values) & (values > 0), values, 0).astype(np.float32)
+    return np.where((known < _background(known)) & (known != BACKGROUND), known, 0)
 
 
 def _background(depths: np.ndarray) -> float:
-    """Where the depths begin that stand for nothing, as 65504 or 1e10 behind a scene of meters; inf if there are none.
+    """Where the depths begin that stand for nothing, as 1000 or 1e10 behind a scene of meters; inf if there are none.
 
     Most of them are one number, far behind all others, of which some may be blends with it. A pixel of such sky would
     outweigh a scene.
     """
     known = depths[depths > 0]
-    there = np.flatnonzero(np.bincount(known.view(np.int32) >> 23))  # the exponents of float32, plus 127
-    gaps = np.flatnonzero(np.diff(there) > BACKGROUND_OCTAVES)
-    begin = float(np.ldexp(1.0, there[gaps[-1] + 1] - 127)) if len(gaps) else 0.0
+    there = np.flatnonzero(np.bincount(known.view(np.int32) >> 21))  # quarters of octaves of float32
+    gaps = np.flatnonzero(np.diff(there) > 4 * np.log2(GAP))
+    begin = float(np.int32(there[gaps[-1] + 1] << 21).view(np.float32)) if len(gaps) else 0.0
     beyond = known[known >= begin]
     farthest = float(beyond.max(initial=0))
-    if 2 * np.count_nonzero(beyond == farthest) <= len(beyond):
+    is_scene = len(known) - len(beyond) < MIN_SCENE * len(known) and farthest < BACKGROUND
+    if is_scene or 2 * np.count_nonzero(beyond == farthest) <= len(beyond):
         return np.inf
-    return begin or (farthest if farthest >= HALF_RANGE[1] else np.inf)
+    return begin or farthest
 
 
 def _checked(values: np.ndarray, target: Target) -> np.ndarray:

@@ -38,11 +38,10 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     reports = {job.name: _report(out, job.name) for job in may_change}
     made_of = {name: part["made_of"] for name, part in reports.items() if "made_of" in part}
     found = changed_shards(may_change, made_of)
-    # Those that lost images are kept: a disk may not be mounted.
-    changed = {name for name, now in found.items() if missing_images(now) <= missing_images(made_of[name])}
+    changed = {name for name, now in found.items() if _may_be_better(now, made_of[name])}
     if found.keys() - changed:
-        kept_words = "kept, though files of theirs have other sizes or times now, as some are gone: %s"
-        log.warning(kept_words, shortened(sorted(found.keys() - changed)))
+        kept = shortened(sorted(found.keys() - changed))
+        log.warning("kept as they are: some of their files have changed, and others are missing now: %s", kept)
     if changed:
         log.warning("made again, as files of theirs have other sizes or times now: %s", shortened(sorted(changed)))
     for name in changed:
@@ -69,8 +68,11 @@ def changed_shards(jobs: list[ShardJob], made_of: dict[str, str | None]) -> dict
 
 def tell_changed(out: Path, plan: list[ShardJob]) -> bool:
     """Warn of what a finished set was made of and has changed since; whether some that was left out may now be good."""
-    found = changed_shards(plan, _read_made_of(out))
-    changed = {name for name in found if (out / f"{name}.tar").exists()}
+    with_tar = {job.name for job in plan if (out / f"{job.name}.tar").exists()}
+    # Older versions wrote None where a single image was missing.
+    made_of = {name: was for name, was in _read_made_of(out).items() if was is not None or name not in with_tar}
+    found = changed_shards(plan, made_of)
+    changed = found.keys() & with_tar
     if changed:
         log.warning(
             "%s: files of %s have other sizes or times than when it was packed; to pack them again, remove these tars, "
@@ -78,7 +80,12 @@ def tell_changed(out: Path, plan: list[ShardJob]) -> bool:
             out,
             shortened(sorted(changed)),
         )
-    return found.keys() > changed
+    return any(_may_be_better(found[name], made_of[name]) for name in found.keys() - changed)
+
+
+def _may_be_better(now: str, before: str | None) -> bool:
+    """By digests of files. If more images are missing, a disk may not be mounted."""
+    return missing_images(now) <= missing_images(before)
 
 
 def shortened(names: list[str]) -> str:
@@ -198,7 +205,10 @@ def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
     if other:
         raise PackError(f"{out}: holds shards of other options ({', '.join(other)}); {advice}")
     if found["source"] != wanted["source"]:
-        raise PackError(f"{out}: holds shards of another dataset, or of more or fewer of its sequences; {advice}")
+        raise PackError(
+            f"{out}: holds shards of another dataset, of more or fewer of its sequences, or of other splits of them; "
+            f"{advice}"
+        )
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -407,7 +407,7 @@ def test_a_scale_that_would_lose_all_depths_is_told(views, tmp_path, scale):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"applied_scale": scale}))
     done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", "--trust")
     assert done.returncode == 1
-    assert f"applied_scale {str(scale).lower()}: expected more than 0" in done.stdout + done.stderr
+    assert f"transforms.json: applied_scale {str(scale).lower()}: expected more than 0" in done.stdout + done.stderr
 
 
 def test_a_field_of_view_alone_makes_a_camera(views, tmp_path):

@@ -24,7 +24,9 @@ def target_of(source, size):
 
 @pytest.mark.parametrize("background", [np.inf, np.nan, 1000.0, 65504.0, 65535.0, 1e6, 1e10])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.6, 0.99])
-def test_what_renderers_write_where_there_is_nothing_is_unknown(scene, background, share):
+@pytest.mark.parametrize("farthest", [6, 33])
+def test_what_renderers_write_where_there_is_nothing_is_unknown(scene, background, share, farthest):
+    scene = scene * (farthest / 6)
     nothing = np.random.default_rng(1).random(scene.shape) < share
     assert nothing.any()
     known = _known(np.where(nothing, np.float32(background), scene))
@@ -41,8 +43,11 @@ def test_blends_with_the_background_are_unknown_and_a_view_of_nothing_has_no_dep
 
 @pytest.mark.parametrize("far", [2.0, 60.0])
 def test_what_may_be_a_scene_is_kept(scene, far):
-    """A wall that faces the camera; something close before a far landscape; points in front of all else."""
-    assert np.array_equal(_known(np.full((48, 64), far, np.float32)), np.full((48, 64), far, np.float32))
+    """A wall that faces the camera, with a stray; something close before a far landscape; points in front of all."""
+    wall = np.full((48, 64), far, np.float32)
+    wall[0, 0] = 0.05
+    assert np.array_equal(_known(wall), wall)
+    assert np.array_equal(_known(wall[1:]), wall[1:])
     for part in (scene[:30] * far * 100, scene[:1] * 1e-3):
         mixed = scene.copy()
         mixed[: len(part)] = part
@@ -67,6 +72,16 @@ def test_scattered_points_in_a_file_all_stay(tmp_path, size):
     assert np.count_nonzero(found) > 50  # few fall on one pixel
 
 
+@pytest.mark.parametrize("share", [0.1, 0.45])
+def test_scattered_depths_are_not_put_nearer_where_several_meet(tmp_path, share):
+    rng = np.random.default_rng(4)
+    values = rng.uniform(1.8, 2.2, (480, 640)).astype(np.float32)
+    values[rng.random(values.shape) > share] = 0
+    np.save(tmp_path / "d.npy", values)
+    found = _placed(DepthFile(path=tmp_path / "d.npy", encoding="float"), target_of((480, 640), (160, 213)))
+    assert found[found > 0].mean() == pytest.approx(2, abs=5e-3)
+
+
 @pytest.mark.parametrize("coarse", [(240, 320), (120, 160), (160, 213)])
 def test_coarse_depth_is_put_without_bias(tmp_path, coarse):
     """The depth of a slanted plane says where a sample belongs."""
@@ -84,6 +99,10 @@ CHANNELS = {
     ("Z", "A"): "Z",
     ("A", "Depth"): "Depth",
     ("ViewLayer.Combined.R", "ViewLayer.Combined.G", "ViewLayer.Depth.Z"): "ViewLayer.Depth.Z",
+    ("ViewLayer.Combined.R", "ViewLayer.Depth.Z", "ViewLayer.Mist.Z"): "ViewLayer.Depth.Z",
+    ("Depth.Z", "Normal.X", "Normal.Y", "Normal.Z"): "Depth.Z",
+    ("Pass.Z", "Normal.X", "Normal.Y", "Normal.Z"): "Pass.Z",
+    ("Combined.R", "Normal.X", "Normal.Y", "Normal.Z"): None,
     ("V",): "V",
     ("A", "Y"): "Y",
     ("confidence", "distance"): None,
@@ -99,7 +118,7 @@ def test_of_the_channels_of_an_exr_the_depth_is_read_or_none(tmp_path, scene, na
     header = {"type": OpenEXR.scanlineimage, "compression": OpenEXR.ZIP_COMPRESSION}
     OpenEXR.File(header, channels).write(str(tmp_path / "d.exr"))
     if right is None:
-        with pytest.raises(BadFrameError, match="none is called Z or depth"):
+        with pytest.raises(BadFrameError, match="not just one is called Z or depth"):
             read_float(tmp_path / "d.exr")
     else:
         assert np.array_equal(read_float(tmp_path / "d.exr"), scene)

@@ -187,16 +187,17 @@ def test_storage_that_fails_for_a_while_is_asked_again(shard_dir, monkeypatch, c
 
 def test_a_page_or_a_whole_file_in_place_of_a_range_is_asked_for_again(shard_dir, monkeypatch, caplog):
     monkeypatch.setattr(shards.storage, "RETRY_PAUSES", (0.01, 0.02, 0.04))
-    monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
+    monkeypatch.setattr(shards.storage, "OUTAGE_PAUSE", 0.01)
     with served(shard_dir) as server:
         opened = shards.open(server.url)
         expected = shards.open(shard_dir).read(1)
         for wrong in (b"", b"<html>sign in</html>", b"<html>" + b"x" * 1_000_000):
-            server.misread = 3 * [wrong]
+            server.misread = 9 * [wrong]
             assert opened.read(1) == expected
             assert not server.misread
         assert "asked for" in caplog.text
         server.misread = 100 * [b""]
+        monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
         with pytest.raises(shards.StorageError, match=r"not to be read in 4 tries: .*asked for \d+ bytes, got \d+"):
             opened.read(1)
 

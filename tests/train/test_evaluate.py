@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 import shards
 from train import evaluate
 from train.data.views import draw_frames
+from train.engine.folder import run_of
 from train.evaluation.baselines import BASELINES, baseline_metrics, mean_relative_pose
 from train.evaluation.evaluator import pick
 from train.evaluation.metrics import METRICS
@@ -302,13 +303,13 @@ def test_a_run_is_known_by_its_checkpoint_alone(tmp_path, monkeypatch):
     (folder / "best").touch()
     (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "run" / "metrics.jsonl").touch()
-    assert evaluate.run_of(str(folder / "best")) == tmp_path / "run"
+    assert run_of(str(folder / "best")) == tmp_path / "run"
     monkeypatch.chdir(folder)
-    assert evaluate.run_of("best") == tmp_path / "run"
+    assert run_of("best") == tmp_path / "run"
     monkeypatch.chdir(tmp_path / "run")
-    assert evaluate.run_of("facebook/VGGT-1B") is None
+    assert run_of("facebook/VGGT-1B") is None
     (tmp_path / "run" / "vggt.pt").touch()
-    assert evaluate.run_of("vggt.pt") is None
+    assert run_of("vggt.pt") is None
 
 
 def test_mean_pose_equals_scipy_mean_rotation(shard_dir):

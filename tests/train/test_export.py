@@ -66,6 +66,22 @@ def test_export_has_the_names_shapes_and_types_of_init_and_leaves_the_rest_as_it
         assert model.config == preset("tiny", head_chunk=model.config.head_chunk)
 
 
+@pytest.mark.slow
+def test_weights_that_were_rounded_for_a_while_come_back_as_they_were(run, shard_dir, published, tmp_path):
+    """Frozen and held in bf16 first, in float32 since a resume."""
+    shutil.copytree(run / "run", tmp_path / "run", symlinks=True)
+    settings = [*SMALL, "precision=bf16", "model.aggregator_dtype=fp32", f"init={run}/init.pt", "max_steps=3"]
+    done = run_command(
+        "python", "train/main.py", f"data.shards={shard_dir}", f"out_dir={tmp_path}/run", *settings, OMP_NUM_THREADS="1"
+    )
+    assert done.returncode == 0, done.stderr
+    done = export(tmp_path, tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    state, _ = read_checkpoint(tmp_path / "out.pt")
+    frozen = [name for name in state if name.startswith("aggregator.")]
+    assert all(torch.equal(state[name], published[name]) for name in frozen)
+
+
 def test_a_checkpoint_of_the_trainer_opens_as_it_is(run):
     model = VGGT.from_pretrained(run / "run/checkpoints/latest")
     assert model.config.heads == ("camera", "depth")

@@ -191,7 +191,8 @@ def _to_use(config: TrainConfig, history: ValidationHistory) -> list[str]:
         by = rule
     else:
         measured = [name for name in rule if any(name in scene for line in validations for scene in line["scenes"])]
-        by = f"{' and '.join(measured)}{' together' * (len(measured) > 1)}, no headline metric worse beyond the noise"
+        together = " together" if len(measured) > 1 else ""
+        by = f"{' and '.join(measured or rule)}{together}, no headline metric worse beyond the noise"
     if not isinstance(rule, str) and validations and len(validations[-1]["scenes"]) < MIN_SCENES:
         by += f", which {count(len(validations[-1]['scenes']), 'scene')} cannot tell"
     best = history.best_step(rule, steps_saved(folder))

@@ -158,6 +158,14 @@ def real_name(init: str) -> str:
     return str(path.resolve()) if path.is_symlink() else init
 
 
+def run_of(source: str) -> Path | None:
+    """The folder of the run that a checkpoint lies in, if it does."""
+    path = Path(source).expanduser().absolute()
+    folder = path.parent
+    is_run = path.is_file() and folder.name == CHECKPOINTS and (folder.parent / CONFIG_FILE).is_file()
+    return folder.parent if is_run else None
+
+
 def hold_init(init: str) -> str:
     """Keep an `init` that is a checkpoint of another run, which would drop it when it goes on; what to say of it.
 
@@ -165,8 +173,7 @@ def hold_init(init: str) -> str:
     """
     path = Path(init).expanduser().absolute()
     step = CHECKPOINT_NAME.fullmatch(path.name)
-    of_run = path.parent.name == CHECKPOINTS and (path.parent.parent / CONFIG_FILE).is_file()
-    if step is None or not of_run or not path.is_file():
+    if step is None or run_of(init) is None or (path.parent / f"keep-{step[1]}").is_symlink():
         return ""
     try:
         link = keep(path.parent, int(step[1]))

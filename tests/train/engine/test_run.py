@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -262,6 +263,13 @@ def test_terms_of_lengths_are_averaged_over_the_steps_that_have_them():
     assert "loss_R" in means
     assert not {"loss_T", "loss_reg_depth"} & means.keys()
 
+    other, sent = Window(), []  # another rank, without depth
+    other.add(outcome(False), 8, 0.0, 0.0)
+    other.take_means(SimpleNamespace(size=2, sum=lambda values: (sent.append(values), values)[1]))
+    window.add(outcome(True), 8, 0.0, 0.0)
+    means = window.take_means(SimpleNamespace(size=2, sum=lambda values: values + sent[0]))
+    assert [means[name] for name in ("loss_R", "loss_T", "loss_reg_depth")] == pytest.approx([0.4, 0.3, 0.2])
+
 
 def test_another_run_keeps_the_checkpoint_that_a_run_begins_from(tmp_path):
     folder = tmp_path / "checkpoints"
@@ -272,6 +280,7 @@ def test_another_run_keeps_the_checkpoint_that_a_run_begins_from(tmp_path):
         if step == 2:
             begin = real_name(str(folder / "latest"))
             assert hold_init(begin) == f"{begin} is kept, by keep-00000002 beside it: this run begins from it"
+            assert hold_init(begin) == ""  # it is
     assert steps_saved(folder) == [2, 3]
     assert hold_init(str(folder / "step-00000007.pt")) == hold_init("nano") == ""
     shutil.copy(begin, tmp_path / "step-00000002.pt")
