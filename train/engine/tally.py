@@ -38,8 +38,8 @@ class Window:
     def take_means(self, world: World) -> dict[str, float]:
         """The means over the steps and over the ranks; the next ones are of what comes after.
 
-        Terms of lengths are means where a scene had a defined scale, and left out where none had; in sums of terms, such
-        as the objective, they are 0 there.
+        Terms of lengths are means where a scene had a defined scale, and left out where none had; in the objective and
+        other sums of terms they are 0 there.
         """
         values = torch.stack(list(self.sums.values())).double()
         steps = torch.full_like(self.scaled, self.steps)
