@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -191,8 +192,10 @@ def pack_source(
             raise ValueError("--annotation-dir, --set-list, --min-quality, --split and --category are for --co3d-dir")
         if sum((test_fraction is not None, bool(test_names), test_tail is not None)) > 1:
             raise ValueError("give one of --test-fraction, --test and --test-tail")
-        if depth_range is not None and not 0 <= depth_range[0] < depth_range[1]:
+        if depth_range is not None and not 0 <= depth_range[0] < depth_range[1] < math.inf:
             raise ValueError(f"--depth-range {depth_range[0]:g} {depth_range[1]:g}: expected 0 <= NEAR < FAR")
+        if min_motion is not None and not all(0 <= least < math.inf for least in min_motion):
+            raise ValueError(f"--min-motion {min_motion[0]:g} {min_motion[1]:g}: expected numbers of at least 0")
         split = Split(fraction=test_fraction, names=test_names, tail=test_tail)
         found = Captures(
             list(captures),

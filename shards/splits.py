@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,14 +71,17 @@ def shared_places(
     """
     namesakes: defaultdict[tuple[bytes, bytes], list[tuple[ShardSet, np.void]]] = defaultdict(list)
     of_capture: defaultdict[str | None, list[tuple[ShardSet, np.void]]] = defaultdict(list)
+    sites = set[tuple[str, str]]()
     pictures = [np.empty(0, np.uint64)]
     for shard_set, split in trained:
         if split in shard_set.dataset["splits"]:
             pictures.append(_pictures(shard_set)[np.repeat(_in_split(shard_set, split), shard_set.sequences["count"])])
             for row in shard_set.sequences[_in_split(shard_set, split)]:
                 namesakes[_key(row)].append((shard_set, row))
-                if capture := _capture(shard_set, row):
+                if capture := _said(shard_set, row).get("digest"):
                     of_capture[capture].append((shard_set, row))
+                if site := _said(shard_set, row).get("site"):
+                    sites.add((shard_set.digest, site))
     all_trained = np.unique(np.concatenate(pictures))
     counts = np.zeros(4, int)
     for place, (shard_set, split) in enumerate(tested):
@@ -86,11 +90,13 @@ def shared_places(
             if only is None or (place, number) in only:
                 others = namesakes.get(_key(row), [])
                 same = [(other, match) for other, match in others if _same_source(other, shard_set, row)]
-                same += of_capture.get(_capture(shard_set, row), [])
+                said = _said(shard_set, row)
+                same += of_capture.get(said.get("digest"), [])
+                place_is_seen = bool(same) or (shard_set.digest, said.get("site")) in sites
                 seen = known[_frames(row)]
                 for other, match in same:
                     seen |= np.isin(_names(shard_set, row), _names(other, match))
-                counts += (1, bool(same), bool(others) and not same, seen.sum())
+                counts += (1, place_is_seen, bool(others) and not place_is_seen, seen.sum())
     tested_sequences, sequences, namesakes_only, frames = map(int, counts)
     return SharedPlaces(tested_sequences, sequences, namesakes_only, frames)
 
@@ -116,9 +122,9 @@ def _annotations(shard_set: ShardSet, sequence: np.void) -> set[str]:
     return {files[name] for name in names if name in files}
 
 
-def _capture(shard_set: ShardSet, sequence: np.void) -> str | None:
-    """What tells a capture from others, whatever its folder is called; None of other sets."""
-    return shard_set.dataset["source"].get("captures", {}).get(sequence["name"].decode(), {}).get("digest")
+def _said(shard_set: ShardSet, sequence: np.void) -> dict[str, Any]:
+    """What a set says of a capture: a digest that tells it from others, and its site if it shares one; empty if not."""
+    return shard_set.dataset["source"].get("captures", {}).get(sequence["name"].decode(), {})
 
 
 def _frames(sequence: np.void) -> slice:

@@ -170,7 +170,7 @@ def run(config: TrainConfig, world: World, held: ExitStack, *, dry: bool) -> Non
     reporter = Reporter(out_dir, is_main=world.is_main, first_step=state.step, total_steps=total, resumed=resumed)
     if state.step:
         reporter.say(f"resuming {out_dir} at step {state.step} of {total}, its last checkpoint")
-    if not resumed and config.init is not None and (held_init := world.from_main(partial(hold_init, config.init))):
+    if config.init is not None and (held_init := world.from_main(partial(hold_init, config.init))):
         changes.append(held_init)
     for change in changes:
         reporter.say(change)

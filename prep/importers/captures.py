@@ -93,6 +93,7 @@ class Captures:
     def describe(self) -> dict[str, Any]:
         kinds = {
             capture.name: {"depth": capture.depth_kind, "metric": capture.metric, "digest": _digest(capture)}
+            | ({} if capture.site == capture.place else {"site": capture.site.name})
             for capture in self.found
         }
         told = {"every": self.options.every, "intrinsics": self.options.intrinsics}
@@ -252,9 +253,13 @@ def _assign(captures: list[Capture], split: Split) -> tuple[set[str], float | No
         return set(split.names), None
     if split.tail is not None:
         return set(), split.tail
-    sites = sorted({capture.site for capture in captures})
+    sites, fraction = sorted({capture.site for capture in captures}), split.fraction or TEST_FRACTION
     if split.fraction is None and len(sites) < FEW:
         return set(), TEST_TAIL
-    count = max(1, round((split.fraction or TEST_FRACTION) * len(sites)))
+    count = max(1, round(fraction * len(sites)))
+    if count == len(sites) and fraction < 1:
+        if count == 1:
+            raise ValueError("--test-fraction: all captures are of one place: give --test-tail, or --test and a name")
+        count -= 1
     chosen = {sites[(2 * i + 1) * len(sites) // (2 * count)] for i in range(count)}
     return {capture.name for capture in captures if capture.site in chosen}, None

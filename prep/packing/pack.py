@@ -85,8 +85,9 @@ def pack(
     job = json.loads(json.dumps({"source": described, "options": asdict(options)}))  # as it will be read again
     check_place(out, job)
     work = out / WORK_FOLDER
-    more = (out / DATASET_FILE).exists() and tell_changed(out, plan)
-    if not more and is_whole(out) and not (work / JOB_FILE).exists():  # else another pack may be at work
+    if (out / DATASET_FILE).exists():
+        tell_changed(out, plan)
+    if is_whole(out) and not (work / JOB_FILE).exists():  # where there is a job, another pack may be at work
         shutil.rmtree(work, ignore_errors=True)  # left by a kill at the very end
         on_plan(total, total)
         return _result(out, source, in_both)

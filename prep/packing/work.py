@@ -33,9 +33,11 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
     finished set that lost files no tar that is there is made again: what replaces it may be worse.
     """
     done = [job for job in plan if is_done(out, job.name)]
-    finished = (out / DATASET_FILE).exists()
-    may_change = [job for job in done if not (finished and (out / f"{job.name}.tar").exists())]
-    reports = {job.name: _report(out, job.name) for job in may_change}
+    reports = {job.name: _report(out, job.name) for job in done}
+    files = _read_record(out / DATASET_FILE)["files"] if (out / DATASET_FILE).exists() else {}
+    of_set = {entry["sha256"] for entry in files.values()}
+    final = {name for name, part in reports.items() if part["index"] and part["index"]["sha256"] in of_set}
+    may_change = [job for job in done if job.name not in final]
     made_of = {name: part["made_of"] for name, part in reports.items() if "made_of" in part}
     found = changed_shards(may_change, made_of)
     changed = {name for name, now in found.items() if _may_be_better(now, made_of[name])}
@@ -46,9 +48,9 @@ def kept_shards(out: Path, plan: list[ShardJob], most_bad: float) -> dict[str, i
         log.warning("made again, as files of theirs have other sizes or times now: %s", shortened(sorted(changed)))
     for name in changed:
         record_file(out, name).unlink()
-    bad = {job.name: len(_report(out, job.name)["bad"]) for job in done if job.name not in changed}
+    bad = {name: len(part["bad"]) for name, part in reports.items() if name not in changed}
     too_many = sum(bad.values()) > most_bad
-    kept = {name: count for name, count in bad.items() if not (too_many and count)}
+    kept = {name: count for name, count in bad.items() if name in final or not (too_many and count)}
     for name in bad.keys() - kept.keys():
         record_file(out, name).unlink()  # now: a kill must not bring it back
     return kept
@@ -66,8 +68,8 @@ def changed_shards(jobs: list[ShardJob], made_of: dict[str, str | None]) -> dict
     return {name: digest for name, digest in now.items() if digest != made_of[name]}
 
 
-def tell_changed(out: Path, plan: list[ShardJob]) -> bool:
-    """Warn of what a finished set was made of and has changed since; whether some that was left out may now be good."""
+def tell_changed(out: Path, plan: list[ShardJob]) -> None:
+    """Warn of what a finished set was made of and has changed since. Runs on it end if it changes, so it stays."""
     with_tar = {job.name for job in plan if (out / f"{job.name}.tar").exists()}
     # Older versions wrote None where a single image was missing.
     made_of = {name: was for name, was in _read_made_of(out).items() if was is not None or name not in with_tar}
@@ -80,7 +82,14 @@ def tell_changed(out: Path, plan: list[ShardJob]) -> bool:
             out,
             shortened(sorted(changed)),
         )
-    return any(_may_be_better(found[name], made_of[name]) for name in found.keys() - changed)
+    better = [name for name in found.keys() - with_tar if _may_be_better(found[name], made_of[name])]
+    if better:
+        log.warning(
+            "%s: nothing of %s could be used, but the files have changed since; to try again, pack into another --out, "
+            "or remove any of the tars, and give the same command",
+            out,
+            shortened(sorted(better)),
+        )
 
 
 def _may_be_better(now: str, before: str | None) -> bool:

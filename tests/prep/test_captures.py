@@ -25,6 +25,7 @@ from prep.importers.source import Distortion
 from prep.packing.lens import Lens
 from prep.packing.plan import PackError, PackOptions, make_plan
 from shards.codecs import decode_depth, decode_jpeg
+from shards.splits import shared_places
 
 REAL = SHARED / "captures"
 MOST = dict.fromkeys(WRITERS, 60.0) | {"tum": 13.0}  # meters that 16 bits hold
@@ -584,6 +585,22 @@ def test_sequences_of_one_room_are_of_one_split_or_it_is_said(tmp_path):
     assert found.torn == ["a-seq-01"]
     one_room = Captures([tmp_path / "all" / "a"], CaptureOptions())
     assert one_room.same_places
+    with pytest.raises(ValueError, match="all captures are of one place: give --test-tail"):
+        Captures([tmp_path / "all" / "a"], CaptureOptions(split=Split(fraction=0.5)))
+    options = ("--test", "seq-01", "--min-frames", 1, "--trust", "--no-pairs", "--out", tmp_path / "set")
+    done = vggt_prep("pack", tmp_path / "all" / "a", *options, "--allow-shared-frames")
+    assert "tested on, though others of the same place are trained on: seq-01" in done.stdout
+    opened = shards.open(tmp_path / "set")
+    assert shared_places([(opened, "train")], [(opened, "test")]).sequences == 1
+
+
+@pytest.mark.parametrize("numbers", [("--depth-range", 0.2, "inf"), ("--min-motion", "nan", 0.1)])
+def test_limits_that_are_no_numbers_are_refused(views, tmp_path, numbers):
+    WRITERS["frames"](tmp_path / "capture", views[:2])
+    done = vggt_prep("pack", tmp_path / "capture", "--out", tmp_path / "set", *numbers)
+    assert done.returncode != 0
+    assert "expected" in done.stderr
+    assert numbers[0] in done.stderr
 
 
 def test_intrinsics_are_refused_where_the_layout_has_its_own(views, tmp_path):

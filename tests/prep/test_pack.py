@@ -508,6 +508,26 @@ def test_what_changed_since_a_set_was_packed_is_said_and_made_again_where_its_ta
     assert not same[again.frames["sequence"] == 0].any()
 
 
+def test_a_refused_repair_of_a_finished_set_leaves_its_tars_as_they_are(editable, tmp_path):
+    """Also when it is tried again: those that have bad frames would lose more."""
+    out = tmp_path / "set"
+    command = ("pack", *source_options(editable), "--out", out, "--short-side", 150, "--shard-frames", 24, "--no-pairs")
+    _, _, category, name = first_sequence(editable)
+    images = sorted((editable / "co3d" / category / name / "images").iterdir())
+    images[3].write_bytes(images[3].read_bytes()[:1000])
+    assert vggt_prep(*command, "--min-frames", 20, "--max-bad", 0.1).returncode == 0
+    (out / "train-000001.tar").unlink()
+    before = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    images[5].unlink()
+    for _ in range(3):
+        done = vggt_prep(*command, "--min-frames", 20, "--max-bad", 0)
+        assert done.returncode == 1
+        assert {name: (out / name).read_bytes() for name in before} == before
+    assert vggt_prep(*command, "--min-frames", 20, "--max-bad", 0.1).returncode == 0
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert vggt_prep("verify", out).returncode == 0
+
+
 def test_a_shard_that_was_left_out_is_made_once_its_files_are_there(editable, tmp_path, caplog):
     out = tmp_path / "set"
     command = ("pack", *source_options(editable), "--out", out, "--short-side", 150, "--shard-frames", 24)
@@ -524,6 +544,9 @@ def test_a_shard_that_was_left_out_is_made_once_its_files_are_there(editable, tm
     (tmp_path / images[0].name).rename(images[0])
     for image in images[1:]:
         (tmp_path / image.name).rename(image)
+    assert "packed before: nothing to do" in vggt_prep(*command).stdout  # runs on it go on
+    assert "nothing of train-000000 could be used, but the files have changed since; to try again" in caplog.text
+    (out / "train-000003.tar").unlink()
     done = vggt_prep(*command)
     assert done.returncode == 0, done.stderr
     assert "files of theirs have other sizes or times now: train-000000" in caplog.text

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest", "best"
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.pt")
-LEFTOVER = re.compile(r"(step-\d{8,}|keep-\d{8,}|latest|best)\.tmp")
+LEFTOVER = re.compile(r"(step-\d{8,}|keep-\d{8,}|latest|best)(\.\d+)?\.tmp")
 DAMAGED = ".damaged"
 DAMAGED_NAME = re.compile(CHECKPOINT_NAME.pattern + re.escape(DAMAGED))
 
@@ -127,7 +127,7 @@ def _restore_links(folder: Path, *, repair: bool) -> None:
 
 
 def _link(folder: Path, name: str, target: Path) -> None:
-    link = folder / (name + ".tmp")
+    link = folder / f"{name}.{os.getpid()}.tmp"  # several runs may begin from one checkpoint
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.replace(folder / name)

@@ -172,8 +172,8 @@ def hold_init(init: str) -> str:
     Adapters, and what is exported, need it as long as they are used.
     """
     path = Path(init).expanduser().absolute()
-    step = CHECKPOINT_NAME.fullmatch(path.name)
-    if step is None or run_of(init) is None or (path.parent / f"keep-{step[1]}").is_symlink():
+    step, of_trainer = CHECKPOINT_NAME.fullmatch(path.name), (path.parent / LATEST).is_symlink()
+    if step is None or not of_trainer or not path.is_file() or (path.parent / f"keep-{step[1]}").is_symlink():
         return ""
     try:
         link = keep(path.parent, int(step[1]))

@@ -273,6 +273,8 @@ def test_terms_of_lengths_are_averaged_over_the_steps_that_have_them():
 
 def test_another_run_keeps_the_checkpoint_that_a_run_begins_from(tmp_path):
     folder = tmp_path / "checkpoints"
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")  # on another disk
     keep_one = CheckpointConfig(every=1, keep=1, milestone=1000)
     for step in (1, 2, 3):
         save(folder, step, {"model": {"a": torch.zeros(1)}}, keep_one)
