@@ -167,9 +167,15 @@ class RemoteStorage:
                 "them here"
             )
         self.knows_ranges |= len(answer) == wanted
-        if len(answer) < wanted and tries >= len(RETRY_PAUSES) and self._size(span.file) == span.start + len(answer):
-            return answer  # the file ends there
-        return answer if len(answer) == wanted else None
+        short = len(answer) < wanted and tries >= len(RETRY_PAUSES)
+        whole = len(answer) == wanted or (short and self._ends_at(span.file, span.start + len(answer)))
+        return answer if whole else None
+
+    def _ends_at(self, name: str, size: int) -> bool:
+        try:
+            return self._size(name) == size
+        except StorageError:
+            return False
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

@@ -22,7 +22,7 @@ MAX_SCALE = 2.0**30
 SATURATED = 65535  # of 16-bit depths: unknown, or beyond what can be counted
 ROW_STEP = 8  # of the rows that tell whether depths are scattered: picked, most of them would be lost
 BACKGROUND = 65504.0  # the largest half float, and other numbers so far: what renderers write where there is nothing
-GAP = 16  # from the farthest depth of a scene to a nearer background
+GAP = 16  # times as far as all else: where a smaller number is background
 MIN_SCENE = 0.005  # of the known pixels: fewer may be strays in front of a wall
 
 

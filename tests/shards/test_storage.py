@@ -196,6 +196,9 @@ def test_a_page_or_a_whole_file_in_place_of_a_range_is_asked_for_again(shard_dir
             assert opened.read(1) == expected
             assert not server.misread
         assert "asked for" in caplog.text
+        server.misread = 9 * [b"<html>sign in</html>"]
+        monkeypatch.setattr(opened.storage, "_size", lambda name: (_ for _ in ()).throw(shards.StorageError("503")))
+        assert opened.read(1) == expected
         server.misread = 100 * [b""]
         monkeypatch.setattr(shards.storage, "OUTAGE_PATIENCE", 0)
         with pytest.raises(shards.StorageError, match=r"not to be read in 4 tries: .*asked for \d+ bytes, got \d+"):
