@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -152,7 +155,7 @@ def describe_run(config: TrainConfig, out_dir: Path, validated: SharedPlaces | N
     if (out_dir / SHEET_FILE).exists():
         text.append(f"Look at  {out_dir / SHEET_FILE}  (views, predicted and true depth, errors, cameras from above)")
     text += [
-        f"Curves:   tensorboard --logdir {shlex.quote(f'{out_dir}/tensorboard')}",
+        f"Curves:   {program('tensorboard')} --logdir {shlex.quote(f'{out_dir}/tensorboard')}",
         *_to_use(config, ValidationHistory(out_dir)),
         "",
         *_next_steps(config),
@@ -203,9 +206,15 @@ def _to_use(config: TrainConfig, history: ValidationHistory) -> list[str]:
     if best and (folder / BEST).resolve() == step_file(folder, best).resolve():
         use, why = folder / BEST, f"step {best}, the best by {by}"
     return [
-        f"Use:      {use}  ({why}; python -m vggt shows what it makes of photographs, python -m train.export lays it "
-        "over the checkpoint it started from)"
+        f"Use:      {use}  ({why}; {program('python')} -m vggt shows what it makes of photographs, -m train.export "
+        "lays it over the checkpoint it started from)"
     ]
+
+
+def program(name: str) -> str:
+    """How a program beside this Python is called here: where it is not activated, by its path."""
+    path, found = Path(sys.executable).with_name(name), shutil.which(name)
+    return name if found is not None and Path(found).absolute() == path else shlex.quote(os.path.relpath(path))
 
 
 def _next_steps(config: TrainConfig) -> list[str]:

@@ -9,7 +9,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -24,6 +26,7 @@ from train.config import load_config
 from train.data.plan import DataState, TrainingPlan
 from train.data.split import Split
 from train.engine.checkpoint import CheckpointConfig, mark_best, save, steps_saved
+from train.engine.describe import program
 from train.engine.folder import find_start, hold_init, keep_former_choices, locked_folder, real_name, with_init_of
 from train.engine.lineage import began_from
 from train.engine.settings import to_dict
@@ -287,6 +290,15 @@ def test_another_run_keeps_the_checkpoint_that_a_run_begins_from(tmp_path):
     assert hold_init(str(folder / "step-00000007.pt")) == hold_init("nano") == ""
     shutil.copy(begin, tmp_path / "step-00000002.pt")
     assert hold_init(str(tmp_path / "step-00000002.pt")) == ""
+
+
+def test_suggested_commands_run_where_the_environment_is_not_activated(monkeypatch):
+    here = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(here))
+    assert program("python") == "python"
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(here.parent)
+    assert program("python") == f"{here.name}/python"
 
 
 @pytest.mark.slow
