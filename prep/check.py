@@ -32,11 +32,11 @@ TYPICAL, TRIMS = 0.3, 5  # distance of initial inliers from the median log ratio
 
 @dataclass(frozen=True)
 class CaptureCheck:
-    """What was measured of a capture. fits: None if it cannot be told; words: why, or what fits better."""
+    """What was measured of a capture; None: was not. fits: None if it cannot tell; words: why, or what fits better."""
 
     name: str
     pairs: int
-    near: float
+    near: float | None
     depth_ratio: float | None
     fits: bool | None
     words: str
@@ -49,7 +49,7 @@ def check_capture(capture: Capture) -> CaptureCheck:
         words = f"only {len(pairs)} pairs of views have enough matches to tell"
         if reasons:
             words += f"; {reasons.total()} frames could not be used: {reasons.most_common(1)[0][0]}"
-        return CaptureCheck(capture.name, len(pairs), 0.0, None, None if usable else False, words)
+        return CaptureCheck(capture.name, len(pairs), None, None, None if usable else False, words)
     scores = {name: _score(pairs, change) for name, change in HYPOTHESES.items()}
     given = scores.pop(GIVEN)
     best = max(scores, key=lambda name: scores[name])

@@ -78,7 +78,7 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
                 try:
                     checks += [check_capture(capture) for capture in read_captures(name, folder, options)]
                 except (ValueError, OSError) as error:  # the others can be checked
-                    checks.append(CaptureCheck(folder.resolve().name, 0, 0.0, None, None, f"not checked: {error}"))
+                    checks.append(CaptureCheck(folder.resolve().name, 0, None, None, None, f"not checked: {error}"))
                 bar.advance(task)
     print_checks(checks)
     wrong = [check.name for check in checks if not check.fits]

@@ -103,8 +103,9 @@ def print_checks(checks: list[CaptureCheck]) -> None:
     table = Table("capture", "pairs of views", "matches near epipolar lines", "depth over triangulated", "verdict")
     verdicts = {True: "fits", False: "DOES NOT FIT", None: "cannot tell"}
     for check in checks:
+        near = "" if check.near is None else f"{check.near:.0%}"
         ratio = "" if check.depth_ratio is None else f"{check.depth_ratio:.3g}"
-        table.add_row(check.name, str(check.pairs), f"{check.near:.0%}", ratio, verdicts[check.fits])
+        table.add_row(check.name, str(check.pairs), near, ratio, verdicts[check.fits])
     console.print(table)
     for check in checks:
         click.echo(f"{check.name}: {check.words}")

@@ -34,7 +34,7 @@ from train.data.workers import worker_count
 from train.engine.settings import TrainConfig
 from train.report.drawn_views import draw_pairs, drawn_pairs, median
 from train.report.pictures import save_picture
-from train.report.words import describe_damage
+from train.report.words import count, describe_damage
 
 PLANNED, SHOWN, MAX_VIEWS, ROW_HEIGHT = 8, 4, 8, 150  # steps in the table; scenes, views and pixels on the sheet
 DOUBTFUL = 0.4  # below that fraction of agreeing pixels, something is probably wrong
@@ -76,7 +76,7 @@ def show(config: TrainConfig, steps: int, out: Path) -> None:
         world_size=1,
     )
     for shard_set, lengths in zip(split.shard_sets, split.lengths, strict=True):
-        print(f"{shard_set}: {len(lengths):,} sequences of {int(lengths.min())} to {int(lengths.max())} frames")
+        print(f"{shard_set}: {count(len(lengths), 'sequence')} of {int(lengths.min())} to {int(lengths.max())} frames")
         short = int((lengths < config.data.views[1]).sum())
         if short:
             print(f"{short:,} of them have fewer frames than the {config.data.views[1]} of data.views: some repeat")

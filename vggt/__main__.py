@@ -20,6 +20,9 @@ from vggt.scene import write_scene
 @click.option(
     "--checkpoint", required=True, help=".pt or .safetensors file, folder, or a name such as facebook/VGGT-1B."
 )
+@click.option(
+    "--width", type=click.IntRange(1), help="Pixels of the images: best what it was trained on.  [default: the model's]"
+)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .glb or .ply file.")
 @click.option(
     "--keep",
@@ -28,7 +31,7 @@ from vggt.scene import write_scene
     show_default=True,
     help="Fraction of the pixels to draw, the most confident ones.",
 )
-def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> None:
+def main(images: tuple[Path, ...], checkpoint: str, width: int | None, out: Path, keep: float) -> None:
     """Show what a checkpoint makes of IMAGES: files, or folders of them, all of one scene.
 
     Writes one file with a colored point cloud and the cameras, drawn as pyramids from red (the first) to blue (the
@@ -37,7 +40,7 @@ def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> N
     \b
     Examples:
       python -m vggt photos/ --checkpoint facebook/VGGT-1B --out scene.glb
-      python -m vggt photos/*.jpg --checkpoint runs/demo/checkpoints/latest --out scene.ply --keep 0.2
+      python -m vggt photos/*.jpg --checkpoint runs/lora/checkpoints/best --width 518 --out scene.ply --keep 0.2
     """
     out = out.expanduser()
     if math.isnan(keep):  # neither below nor above a limit
@@ -55,7 +58,7 @@ def main(images: tuple[Path, ...], checkpoint: str, out: Path, keep: float) -> N
             names = ", ".join(path.name for path in others[:5]) + (", ..." if len(others) > 5 else "")
             click.echo(f"{len(others)} files are no images that can be read, and skipped: {names}", err=True)
         model = VGGT.from_pretrained(checkpoint, heads=("camera", "depth"))
-        inputs = load_images(paths, model.config)
+        inputs = load_images(paths, model.config, width)
         count = _show(model, inputs, out, keep)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

@@ -36,16 +36,18 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return found, others
 
 
-def load_images(paths: Sequence[Path], config: VGGTConfig) -> Tensor:
+def load_images(paths: Sequence[Path], config: VGGTConfig, width: int | None = None) -> Tensor:
     """Photographs as one scene for the model: [S, 3, H, W] in [0, 1].
 
-    The width is the model's; the height follows the aspect ratio of the first photograph, at most square. Each is
-    scaled to cover that and cropped about its center, the model's assumed principal point. Raises ValueError for a
-    file that is no image.
+    width: in pixels; None: the model's own. The height follows the aspect ratio of the first photograph, at most
+    square. Each is scaled to cover that and cropped about its center, the model's assumed principal point. Raises
+    ValueError for a file that is no image, and a width that is no multiple of the patch size.
     """
+    patch, side = config.patch_size, width or config.image_size
+    if side % patch:
+        raise ValueError(f"width {side}: expected a multiple of {patch}, the model's patch size")
     photographs = [_read(path) for path in paths]
     height, width = photographs[0].shape[:2]
-    patch, side = config.patch_size, config.image_size
     rows = min(max(round(side * height / width / patch), 1), side // patch)
     pixels = np.stack([_cover(photograph, rows * patch, side) for photograph in photographs])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255

@@ -186,7 +186,7 @@ def test_ten_damages_are_named_in_every_layout(tmp_path, layout):
         if not number and layout != "colmap":
             said |= {words: check_capture(damage(capture)) for words, damage in IN_UNITS.items()}
     for words, check in said.items():
-        print(f"{layout} | {words} | {check.fits} | {check.near:.0%} | {check.depth_ratio} | {check.words}")
+        print(f"{layout} | {words} | {check.fits} | {check.near} | {check.depth_ratio} | {check.words}")
         assert check.fits is (words in ("", *UNTOLD)), (words, check)
         assert words in UNTOLD or words in check.words, (words, check)
 

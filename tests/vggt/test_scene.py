@@ -120,6 +120,13 @@ def test_photographs_are_scaled_and_cut_about_their_center(tmp_path):
     assert tall.shape == (1, 3, 70, 70)
 
 
+def test_photographs_are_as_wide_as_asked_for(tmp_path):
+    paths, _ = find_images([write_photographs(tmp_path / "photos", [(60, 100)])])
+    assert load_images(paths, preset("tiny"), 140).shape == (1, 3, 84, 140)
+    with pytest.raises(ValueError, match="width 100: expected a multiple of 14"):
+        load_images(paths, preset("tiny"), 100)
+
+
 def test_what_is_no_photograph_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="no images; expected files that end in"):
         find_images([tmp_path])

@@ -206,8 +206,8 @@ def _to_use(config: TrainConfig, history: ValidationHistory) -> list[str]:
     if best and (folder / BEST).resolve() == step_file(folder, best).resolve():
         use, why = folder / BEST, f"step {best}, the best by {by}"
     return [
-        f"Use:      {use}  ({why}; {program('python')} -m vggt shows what it makes of photographs, -m train.export "
-        "lays it over the checkpoint it started from)"
+        f"Use:      {use}  ({why}; {program('python')} -m vggt --width {config.data.width} shows what it makes of "
+        "photographs, -m train.export lays it over the checkpoint it started from)"
     ]
 
 

@@ -115,10 +115,12 @@ def remarks(results: dict[str, Any]) -> list[str]:
     for label, width in results["trained_at_other_width"].items():
         lines.append(f"{label}: was trained at {width} pixels, and is evaluated at {results['protocol']['width']}.")
     if results["unusable"]:
-        lines.append(f"{len(results['unusable'])} sequences have no usable frame: {_few(results['unusable'])}.")
+        number = count(len(results["unusable"]), "sequence has", "sequences have")
+        lines.append(f"{number} no usable frame: {_few(results['unusable'])}.")
     if results["without_depth"]:
-        number, names = len(results["without_depth"]), _few(results["without_depth"])
-        lines.append(f"{number} scenes without true depth count for cameras only: {names}.")
+        noun = "scene without true depth counts", "scenes without true depth count"
+        number = count(len(results["without_depth"]), *noun)
+        lines.append(f"{number} for cameras only: {_few(results['without_depth'])}.")
     for label, row in results["checkpoints"].items():
         if row["not_finite"]:
             lines.append(
@@ -158,7 +160,7 @@ def in_short(results: dict[str, Any], label: str) -> str:
         1: "better than",
         0: "indistinguishable from",
         -1: "worse than",
-        None: "on too few scenes to compare with",
+        None: "not comparable, on so few scenes, with",
     }
     for key, other in (("against_baseline", "the baseline"), ("comparisons", next(iter(results["checkpoints"])))):
         by_metric = {c["metric"]: c for c in results[key] if c["after"] == label}
