@@ -34,7 +34,7 @@ IS_DEMO = [ "$$(readlink "$$SHARDS")" = "$$(pwd -P)/$(DEMO)/shards" ]
 NO_DEMO = if $(IS_DEMO); then rm "$$SHARDS"; echo "$$SHARDS gets your data; the demo's is SHARDS=$(DEMO)/shards now"; fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards finetune eval test test-slow check bench proof gpu-check nano clean
+.PHONY: help setup shards finetune trained eval test test-slow check bench proof gpu-check nano clean
 
 help:
 	@echo "make finetune    fine-tune vggt-nano, or the published checkpoint, on your data, or on rendered scenes"
@@ -99,7 +99,10 @@ finetune: shards
 	@OMP_NUM_THREADS=1 $(LAUNCH) train/main.py --config $(CONFIG) \
 	  data.shards="$$SHARDS" out_dir="runs/$$RUN" $(if $(INIT),init="$$INIT") $(ARGS)
 
-eval: shards
+trained:  # asked first: packing may take long
+	@[ -d "runs/$$RUN/checkpoints" ] || { echo "runs/$$RUN: no such run; train it with make finetune, or name another: RUN=..."; exit 2; }
+
+eval: trained shards
 	@if $(IS_DEMO); then set -- --min-frames 24; fi; \
 	trained="runs/$$RUN/checkpoints/best"; [ -e "$$trained" ] || trained="runs/$$RUN/checkpoints/latest"; \
 	OMP_NUM_THREADS=1 $(LAUNCH) -m train.evaluate --shards "$$SHARDS" \

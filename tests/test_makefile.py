@@ -27,14 +27,15 @@ def make(tmp_path):
         (tmp_path / ".venv/bin" / name).chmod(0o755)
     (tmp_path / ".venv" / "installed").write_text("")
 
-    def run(*arguments):
+    def run(*arguments, error=""):
         said = tmp_path / "said"
         said.write_text("")
         environment = {k: v for k, v in os.environ.items() if k not in ("SHARDS", "RUN", "INIT", "MAKEFLAGS")}
         done = subprocess.run(
             ["make", *arguments], cwd=tmp_path, env=environment | {"SAID": str(said)}, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert bool(done.returncode) == bool(error), done.stderr
+        assert error in done.stdout + done.stderr
         return [json.loads(line) for line in said.read_text().splitlines()]
 
     return run
@@ -85,14 +86,19 @@ def test_the_demo_is_told_from_other_shards_through_links(make, tmp_path):
     assert "out_dir=runs/demo" in trained
     (tmp_path / "data/demo/shards").mkdir(parents=True)
     (tmp_path / "data/demo/shards/dataset.json").write_text("")
+    (tmp_path / "runs/demo/checkpoints").mkdir(parents=True)
     (evaluated,) = make("eval")
     assert evaluated[-2:] == ["--min-frames", "24"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/dataset.json").write_text("")
-    (evaluated,) = make("eval", "SHARDS=other")
+    (evaluated,) = make("eval", "SHARDS=other", "RUN=demo")
     assert "--min-frames" not in evaluated
     make("shards", "CO3D_DIR=/c")
     assert not os.path.lexists(tmp_path / "data/shards")  # made room
+
+
+def test_before_training_there_is_nothing_to_evaluate_and_nothing_is_packed(make):
+    assert make("eval", "CAPTURES=a", error="runs/captures: no such run; train it with make finetune") == []
 
 
 def test_clean_removes_the_demo_and_nothing_of_yours(make, tmp_path):
