@@ -3,8 +3,9 @@
     python -m train.export runs/finetune/checkpoints/latest --out vggt-mine.pt
 
 The tensors that the run trained replace those of its `init`, and adapters (model.lora) are added to the weights that
-they correct; all others, the heads it did not build included, stay as they are there, to the byte. Names, shapes and
-types are those of `init`: where it loads, the result does.
+they correct; all others, the heads it did not build included, stay as they are there, to the byte. Names and shapes are
+those of `init`: where it loads, the result does. What was trained is float32, whatever `init` has: rounding to a
+smaller type can take back most of a cautious fine-tuning.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=user_path, required=True, help=".pt, .safetensors, or a folder for both it and a config"
     )
-    parser.add_argument("--half", action="store_true", help="write float16, whatever `init` has: half the size")
+    parser.add_argument("--half", action="store_true", help="write float16: half the size; says what is lost by it")
     arguments = parser.parse_args()
+    lost = None
     try:
-        state, config, trained = export(arguments.checkpoint, arguments.out, arguments.init)
+        state, config, trained, base = export(arguments.checkpoint, arguments.out, arguments.init)
         if arguments.half:
-            state = {name: value.half() for name, value in state.items()}
+            exact, state = state, {name: value.half() for name, value in state.items()}
+            lost = None if base is None else rounded_away(exact, state, base)
         write(arguments.out, state, config)
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -59,10 +62,21 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)  # as shells expect it of a Ctrl-C
     print(f"{arguments.out}: {len(state):,} tensors, {trained:,} of them trained")
+    if lost is not None:
+        print(f"Rounding to float16 took back {lost:.2g} of what training changed (as a fraction of its norm)")
 
 
-def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], int]:
-    """The tensors to write, in the shapes of `init`; the model's configuration; the number of trained tensors.
+def rounded_away(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
+    """The norm of what rounding changed over the norm of what training did, of the tensors that were trained."""
+    trained = [name for name, value in exact.items() if not torch.equal(value.float(), base[name].float())]
+    sizes = [sum((exact[n].float() - other[n].float()).square().sum() for n in trained) for other in (rounded, base)]
+    return float((sizes[0] / sizes[1]) ** 0.5) if trained else 0.0
+
+
+def export(
+    checkpoint: Path, out: Path, init: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], int, dict[str, Tensor] | None]:
+    """The tensors to write; the model's configuration; the number of trained tensors; those of `init`, if there is one.
 
     out: the target, which must not be one of the inputs. init: overrides that of the run's configuration. A run from
     scratch has none, and is written whole. Raises ValueError if the run did not start from `init`.
@@ -93,28 +107,29 @@ def export(checkpoint: Path, out: Path, init: str | None = None) -> tuple[dict[s
         raise ValueError(f"{out}: is among the checkpoints of a run, which is resumed from them; give another --out")
     if adapters is not None:
         try:
-            state = with_base(checkpoint, saved["model"], adapters, given)
+            state, base = with_base(checkpoint, saved["model"], adapters, given)
         except ValueError as error:
             raise ValueError(f"{error}; give the one that it began from as --init") from error
-        return state, config | {"heads": list(heads_in(state))}, sum(not name.endswith(UP) for name in saved["model"])
-    trained = trained_names(config, saved["config"]["model"]["freeze"])
+        heads, trained = list(heads_in(state)), sum(not name.endswith(UP) for name in saved["model"])
+        return state, config | {"heads": heads}, trained, base
+    names = trained_names(config, saved["config"]["model"]["freeze"])
     if init is None:
-        return saved["model"], config, len(trained)
+        return saved["model"], config, len(names), None
     try:
         base, _ = read_checkpoint(init)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}: what the run started from; give --init if it now lies elsewhere") from error
-    for name in trained:
+    for name in names:
         if name not in base or base[name].shape != saved["model"][name].shape:
             raise ValueError(f"{init}: {name} is not there, or has another shape: {checkpoint} did not start from it")
     for name, value in saved["model"].items():
         # Held in bf16, they are rounded, and stay so if the run goes on in float32.
-        if name not in trained and not (name in base and _are_equal(base[name], value)):
+        if name not in names and not (name in base and _are_equal(base[name], value)):
             raise ValueError(f"{init}: {name} is frozen, but has other values: {checkpoint} did not start from it")
     if saved.get("init_fingerprint") is not None and saved["init_fingerprint"] != fingerprint(base):
         raise ValueError(f"{init}: is not the checkpoint that {checkpoint} started from; give that one as --init")
-    state = {name: saved["model"][name].to(value.dtype) if name in trained else value for name, value in base.items()}
-    return state, config | {"heads": list(heads_in(base))}, len(trained)
+    state = {name: saved["model"][name] if name in names else value for name, value in base.items()}
+    return state, config | {"heads": list(heads_in(base))}, len(names), base
 
 
 def _are_equal(base: Tensor, value: Tensor) -> bool:

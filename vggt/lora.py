@@ -58,7 +58,8 @@ def add_lora(model: nn.Module, patterns: tuple[str, ...], rank: int, alpha: floa
 def merge(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """`base` with what was trained on it: tensors of its names replace its own, corrections are added to the weights.
 
-    In the types of `base`; the sums are computed in float32. Raises ValueError for what does not belong to `base`.
+    What was trained is as it was trained, and the sums are float32: in half a type of `base` small corrections are
+    lost. The rest is in the types of `base`. Raises ValueError for what does not belong to it.
     """
     downs = {name.removesuffix(DOWN) + "weight": name for name in trained if name.endswith(DOWN)}
     whole = [name for name in trained if not name.endswith((DOWN, UP))]
@@ -69,12 +70,10 @@ def merge(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], scale: floa
     for name, shape in shapes.items():
         if name not in base or base[name].shape != shape:
             raise ValueError(f"{name} is not there, or has another shape")
-    merged = {**base}
-    for name in whole:
-        merged[name] = trained[name].to(base[name].dtype)
+    merged = {**base} | {name: trained[name] for name in whole}
     for name, down in downs.items():
         correction = scale * trained[down.removesuffix(DOWN) + UP].float() @ trained[down].float()
-        merged[name] = (base[name].float() + correction).to(base[name].dtype)
+        merged[name] = base[name].float() + correction
     return merged
 
 

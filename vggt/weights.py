@@ -66,13 +66,13 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     if not is_state or not isinstance(config, dict):
         raise ValueError(f"{path}: expected names and tensors, or {{'model': names and tensors}}")
     adapters = content.get(ADAPTERS_KEY)
-    return (with_base(path, state, adapters) if isinstance(adapters, dict) else state), config
+    return (with_base(path, state, adapters)[0] if isinstance(adapters, dict) else state), config
 
 
 def with_base(
     path: Path, trained: Mapping[str, Tensor], adapters: Mapping[str, Any], init: str | None = None
-) -> dict[str, Tensor]:
-    """What the checkpoint at `path` trained, merged into what it began from. init: where that is now.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the checkpoint at `path` trained, merged into what it began from, and that. init: where that is now.
 
     Raises ValueError if that is not there, or another one.
     """
@@ -84,7 +84,7 @@ def with_base(
         raise ValueError(f"{what}, which cannot be read: {error}") from error
     if fingerprint(base) != adapters["fingerprint"]:
         raise ValueError(f"{what}, which is not the checkpoint that it began from")
-    return merge(base, trained, adapters["scale"])
+    return merge(base, trained, adapters["scale"]), base
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -46,24 +46,37 @@ def export(run, out, *arguments):
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "folder"])
-def test_export_has_the_names_shapes_and_types_of_init_and_leaves_the_rest_as_it_was(run, published, tmp_path, name):
+def test_export_holds_what_was_trained_unrounded_and_leaves_the_rest_as_it_was(run, published, tmp_path, name):
     done = export(run, tmp_path / name)
     assert done.returncode == 0, done.stderr
     state, _ = read_checkpoint(tmp_path / name)
     assert {n: list(v.shape) for n, v in state.items()} == load_json("tiny_manifest.json")
-    assert {n: v.dtype for n, v in state.items()} == {n: v.dtype for n, v in published.items()}
     trained = {n for n in state if n.startswith(("camera_head.", "depth_head."))}
     assert f"{len(state):,} tensors, {len(trained):,} of them trained" in done.stdout
     saved = torch.load(run / "run/checkpoints/latest", weights_only=True)["model"]
     for n, value in state.items():
         if n in trained:
-            assert torch.equal(value, saved[n].to(value.dtype)), n
+            assert torch.equal(value, saved[n]), n
         else:
+            assert value.dtype == published[n].dtype
             assert value.numpy().tobytes() == published[n].numpy().tobytes(), n
     assert sum(not torch.equal(state[n], published[n]) for n in trained) > 0.9 * len(trained)
     if name == "folder":
         model = VGGT.from_pretrained(tmp_path / name)
         assert model.config == preset("tiny", head_chunk=model.config.head_chunk)
+
+
+def test_half_says_how_much_of_what_was_trained_it_takes_back(run, published, tmp_path):
+    done = export(run, tmp_path / "half.pt", "--half")
+    assert done.returncode == 0, done.stderr
+    state, _ = read_checkpoint(tmp_path / "half.pt")
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    saved = torch.load(run / "run/checkpoints/latest", weights_only=True)["model"]
+    trained = [n for n in saved if n.startswith(("camera_head.", "depth_head."))]
+    off = torch.cat([(state[n].float() - saved[n]).flatten() for n in trained]).norm()
+    change = torch.cat([(published[n].float() - saved[n]).flatten() for n in trained]).norm()
+    assert f"took back {off / change:.2g} of what training changed" in done.stdout
+    assert 0.001 < off / change < 1
 
 
 @pytest.mark.slow

@@ -69,6 +69,18 @@ def test_merged_weights_do_what_the_adapted_model_does(model, images):
     assert any((before[name] - value).abs().max() > 1e-3 * value.abs().max() for name, value in adapted.items())
 
 
+def test_small_corrections_of_half_precision_weights_are_not_lost():
+    generator = torch.Generator().manual_seed(0)
+    base = {"weight": torch.randn(6, 8, generator=generator).bfloat16(), "bias": torch.ones(6).half()}
+    small = {
+        n: 1e-3 * torch.randn(*size, generator=generator) for n, size in (("lora_down", (2, 8)), ("lora_up", (6, 2)))
+    }
+    merged = merge(base, small | {"bias": torch.full((6,), 1 + 1e-5)}, scale=1.0)
+    exact = base["weight"].double() + (small["lora_up"] @ small["lora_down"]).double()
+    assert (merged["weight"] - exact).abs().max() < 3e-7  # in bf16 all of the 1e-6 would be lost
+    assert torch.equal(merged["bias"], torch.full((6,), 1 + 1e-5))
+
+
 @pytest.mark.parametrize(
     ("names", "rank", "words"),
     [

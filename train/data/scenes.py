@@ -25,7 +25,6 @@ import torch
 
 from shards.codecs import decode_depth, decode_jpeg
 from shards.reader import DamagedMemberError, ShardSet
-from shards.schema import FRAMES_FILE
 from train.data.color_jitter import draw_color_jitter, no_color_jitter
 from train.data.crops import crop_depth, crop_image, crop_scale
 from train.data.plan import Scene, Step, StepShape
@@ -34,7 +33,8 @@ from train.data.split import Members, Split, frame_rows, read_step
 log = logging.getLogger(__name__)
 
 _CROP, _JITTER = 1, 2  # uses of a scene's seed; not 0, as seed sequences ignore trailing zeros
-MAX_DAMAGED = 200  # frames of a scene: beyond that there is no point in looking for others
+MAX_DAMAGED = 50  # frames of a sequence: beyond that there is no point in looking for others of it
+MAX_SEQUENCES = 20  # that may replace one
 Arrays = dict[str, np.ndarray]
 
 
@@ -86,22 +86,23 @@ def load_scene(
     """Fill `out`, arrays without the scenes' axis, with a scene; members: those of its frames.
 
     Returns the keys of its views, and how many frames were damaged, by file. Another frame of its sequence replaces
-    a damaged one; if a sequence has no usable frame, the next sequence replaces it. The rules depend on the scene
-    alone, not on workers or ranks. Raises DamagedMemberError if no frame of any sequence can be used.
+    a damaged one; if a sequence has no usable frame, one drawn from all replaces it, as its neighbors lie in the same
+    file. The rules depend on the scene alone, not on workers or ranks. Raises DamagedMemberError if none can be used.
     """
     lengths, shard_set = split.lengths[scene.source], split.shard_sets[scene.source]
     keys, bad = _load_views(split, scene, shape, members, out)
-    for other in range(scene.sequence + 1, scene.sequence + len(lengths)):
-        if keys or bad.total() > MAX_DAMAGED:
-            break
-        other %= len(lengths)
+    for other in () if keys else _others(scene, len(lengths)):
         wanted = tuple(frame % int(lengths[other]) for frame in scene.frames)
         scene = replace(scene, sequence=other, frames=wanted)
         members = shard_set.try_read_many(frame_rows(split, scene))
         keys, missed = _load_views(split, scene, shape, members, out)
         bad += missed
+        if keys:
+            break
     if not keys:
-        raise DamagedMemberError(FRAMES_FILE, "none of its frames can be used; vggt-prep verify says why", shard_set)
+        ((worst, number),) = bad.most_common(1)
+        problem = f"none of {bad.total()} frames that were tried can be used, {number} of them of this file; vggt-prep "
+        raise DamagedMemberError(worst.removeprefix(f"{shard_set}/"), problem + "verify says why", shard_set)
     found = len(keys)
     for place in range(found, shape.views):  # where too few are left, views repeat, as in too short a sequence
         keys.append(keys[place % found])
@@ -112,6 +113,12 @@ def load_scene(
     else:
         out["color_jitter"][:] = draw_color_jitter(np.random.default_rng((scene.seed, _JITTER)), shape.views)
     return keys, bad
+
+
+def _others(scene: Scene, sequences: int) -> list[int]:
+    """The sequences of its set to try in place of a scene's."""
+    order = np.random.default_rng((scene.sequence, *scene.frames)).permutation(sequences)
+    return [int(i) for i in order if i != scene.sequence][:MAX_SEQUENCES]
 
 
 def _load_views(
@@ -135,9 +142,7 @@ def _load_views(
             except DamagedMemberError as error:
                 _tell_once(f"a frame is replaced by another: {error}")
                 bad[error.file] += 1
-                if bad.total() > MAX_DAMAGED:
-                    raise
-            frame = next(substitutes, None)
+            frame = next(substitutes, None) if bad.total() < MAX_DAMAGED else None
             if frame is not None:
                 (member,) = shard_set.try_read_many([first + frame])
     return keys, bad
