@@ -23,7 +23,7 @@ def is_there(folder: Path) -> bool:
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError for a trajectory of other lines. Images are stored upright: gravity is along the world's z."""
     times, poses = _trajectory(folder / TRAJECTORY)
-    kind = next((name for name in IMAGES if _by_time(folder / name)), IMAGES[-1])
+    kind = next((n for n in IMAGES if _by_time(folder / n) and _by_time(folder / f"{n}_intrinsics")), IMAGES[-1])
     images, cameras, depths = (_by_time(folder / name) for name in (kind, f"{kind}_intrinsics", "lowres_depth"))
     camera_times, depth_times = (np.fromiter(files, np.float64) for files in (cameras, depths))
     frames, unusable = [], []
@@ -74,7 +74,7 @@ def _trajectory(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _by_time(folder: Path) -> dict[float, Path]:
     """The files <video>_<time>.<suffix> of a folder, in their order."""
     found = {}
-    for path in folder.glob("*_*.*"):
+    for path in folder.glob("[!.]*_*.*"):
         try:
             found[float(path.stem.rsplit("_", 1)[1])] = path
         except ValueError:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from prep.importers.source import Distortion
+from shards.geometry import scale_intrinsics
 
 SAME_TIME = 2e-3  # seconds: where times are rounded
 FLIP_YZ = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's y is up, and its z backward
@@ -16,29 +17,41 @@ FLIP_YZ = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL's y is up, and its z backwar
 
 @dataclass(frozen=True, kw_only=True)
 class OpenCVCamera:
-    """A camera as we store it: extrinsics [3, 4]; intrinsics [3, 3] in pixels, (0, 0) the center of the first."""
+    """A camera as we store it: extrinsics [3, 4]; intrinsics [3, 3] in pixels, (0, 0) the center of the first.
+
+    size: (height, width) of the image that the intrinsics are of, if the image was scaled since.
+    """
 
     extrinsics: np.ndarray
     intrinsics: np.ndarray
     distortion: Distortion | None = None
+    size: tuple[int, int] | None = None
 
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Extrinsics [3, 4] and intrinsics [3, 3]; the size of the image does not matter."""
-        return self.extrinsics, self.intrinsics
+        """Extrinsics [3, 4] and intrinsics [3, 3] of an image of this size."""
+        if self.size is None:
+            return self.extrinsics, self.intrinsics
+        return self.extrinsics, scale_intrinsics(self.intrinsics, width / self.size[1], height / self.size[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldOfView:
-    """A camera whose horizontal field of view alone is known, in radians; extrinsics [3, 4] as we store them."""
+    """A camera whose field of view alone is known; extrinsics [3, 4] as we store them.
+
+    angle, angle_y: horizontal and vertical, in radians; None: pixels are square.
+    """
 
     extrinsics: np.ndarray
     angle: float
+    angle_y: float | None = None
     distortion: None = None
 
     def opencv(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Extrinsics [3, 4] and intrinsics [3, 3] of an image of this size: square pixels, centered."""
-        focal = width / 2 / math.tan(self.angle / 2)
-        return self.extrinsics, pinhole(focal, focal, width / 2, height / 2, corner=True)
+        """Extrinsics [3, 4] and intrinsics [3, 3] of an image of this size, centered."""
+        focal = focal_y = width / 2 / math.tan(self.angle / 2)
+        if self.angle_y is not None:
+            focal_y = height / 2 / math.tan(self.angle_y / 2)
+        return self.extrinsics, pinhole(focal, focal_y, width / 2, height / 2, corner=True)
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float, *, corner: bool = False) -> np.ndarray:

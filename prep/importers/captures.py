@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prep.importers.layouts import FORMATS, MAY_LACK_INTRINSICS, capture_folders, passed_over
+from prep.importers.layouts import DEEPEST, FORMATS, MAY_LACK_INTRINSICS, capture_folders, passed_over
 from prep.importers.source import Capture, Frame, Intrinsics, Sequence, by_number
 from shards.index import sha256
 from shards.schema import SPLITS
@@ -21,7 +21,8 @@ from shards.schema import SPLITS
 CATEGORY = "captures"
 FEW = 4  # with fewer captures none can be spared for testing
 TEST_FRACTION, TEST_TAIL = 0.1, 0.2
-IDENTIFYING = 1 << 15  # bytes at either end of an image's file that tell it from others of its size
+IDENTIFYING = 1 << 15  # bytes at either end of a compressed image's file that tell it from others of its size
+COMPRESSED = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif")  # of others the ends can be borders of one color
 MAX_NAME = 200  # bytes
 
 
@@ -101,13 +102,13 @@ class Captures:
         return {"kind": "captures", "formats": sorted({*self.formats}), "captures": kinds} | told
 
     def identity(self, frame: Frame) -> str:
-        """By the file's size, beginning and end: the same photographs may lie in two captures."""
+        """By the file's size and bytes, or those at both its ends: a photograph may lie in two captures."""
         path = str(frame.image)
         if (self.tail is None and not self.split) or not frame.image.is_file():  # nothing is tested on; a pipe
             return path
         try:
             with frame.image.open("rb") as file:
-                begin = file.read(IDENTIFYING)
+                begin = file.read(IDENTIFYING if frame.image.suffix.lower() in COMPRESSED else -1)
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - IDENTIFYING))
                 return f"{size} {hashlib.sha256(begin + file.read()).hexdigest()}" if size else path
@@ -178,17 +179,18 @@ def _moving(frames: list[Frame], degrees: float, fraction: float) -> list[Frame]
 
 
 def _told_apart(captures: list[Capture]) -> list[Capture]:
-    """Prefix captures that share a name, such as 7-Scenes' seq-01, with the name of their parent folder.
+    """Prefix captures that share a name, such as 7-Scenes' seq-01, with the names of the folders they are in.
 
-    Raises ValueError if names still clash.
+    As few as tell them apart. Raises ValueError if names still clash.
     """
-    of_name = Counter(capture.name for capture in captures)
-    named = [
-        replace(capture, name=_file_name(f"{capture.place.resolve().parent.name}-{capture.name}"))
-        if of_name[capture.name] > 1
-        else capture
-        for capture in captures
-    ]
+    names = [capture.name for capture in captures]
+    for level in range(1, DEEPEST + 1):
+        shared = {name for name, times in Counter(names).items() if times > 1}
+        for i, capture in enumerate(captures):
+            if names[i] in shared:
+                above = capture.place.resolve().parent.parts[1:][-level:]
+                names[i] = _file_name("-".join([*above, capture.name]))
+    named = [replace(capture, name=name) for capture, name in zip(captures, names, strict=True)]
     places = defaultdict[str, list[str]](list)
     for capture in named:
         places[capture.name].append(str(capture.place))

@@ -19,6 +19,7 @@ MAX_ERROR, MIN_VIEWS = 2.0, 3  # pixels of reprojection, and images, of a point 
 RADIAL = {"SIMPLE_RADIAL": 1, "RADIAL": 2, "OPENCV": 4}
 FISHEYE = {"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 2, "OPENCV_FISHEYE": 4}
 PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
+FULL = "FULL_OPENCV"  # has all of them
 
 
 def is_there(folder: Path) -> bool:
@@ -48,7 +49,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     for model in models:
         try:
             reconstruction = pycolmap.Reconstruction(str(model))
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, LookupError) as error:
             raise ValueError(f"{model}: not readable as a model of COLMAP ({error})") from error
         suffix = f"-{model.name}" if len(models) > 1 else ""
         captures.append(_capture(folder, model, f"{folder.resolve().name}{suffix}", reconstruction))
@@ -93,8 +94,9 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
         pose: Any = image.cam_from_world() if callable(image.cam_from_world) else image.cam_from_world
         seen = [points[p.point3D_id] for p in image.points2D if p.has_point3D() and p.point3D_id in points]
         depth = SparsePoints(points=np.array(seen).reshape(-1, 3))
-        if has_dense:
-            depth = DepthFile(path=dense / f"{image.name}.geometric.bin", encoding="colmap", kind="mvs")
+        if has_dense:  # some images have no map: patch_match_stereo found nothing to compare them with
+            file = dense / f"{image.name}.geometric.bin"
+            depth = DepthFile(path=file, encoding="colmap", kind="mvs") if file.exists() else None
         camera = reconstruction.cameras[image.camera_id]
         frames.append(
             Frame(
@@ -114,6 +116,10 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
 def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:
     """Intrinsics [3, 3] and distortion of a camera of pycolmap. Raises ValueError for a model that OpenCV has not."""
     name = camera.model.name
+    if name not in (*PINHOLES, *RADIAL, *FISHEYE, FULL):  # some have no focal length to ask for
+        raise ValueError(
+            f"camera model {name} cannot be undistorted: run colmap image_undistorter, and pack its output"
+        )
     fx, fy = camera.focal_length_x, camera.focal_length_y
     intrinsics = pinhole(fx, fy, camera.principal_point_x, camera.principal_point_y, corner=True)
     extra = [float(camera.params[i]) for i in camera.extra_params_idxs()]
@@ -123,6 +129,4 @@ def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:
         return intrinsics, Distortion(coefficients=(*extra, *[0.0] * (4 - len(extra))), fisheye=True)
     if name in RADIAL:
         return intrinsics, Distortion(coefficients=(*extra, *[0.0] * (4 - len(extra))))
-    if name == "FULL_OPENCV":
-        return intrinsics, Distortion(coefficients=tuple(extra))
-    raise ValueError(f"camera model {name} cannot be undistorted: run colmap image_undistorter, and pack its output")
+    return intrinsics, Distortion(coefficients=tuple(extra))

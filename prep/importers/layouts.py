@@ -87,7 +87,7 @@ def passed_over(folder: Path, captures: list[Path]) -> list[str]:
 
 
 def _inner(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
 
 
 def _search(folder: Path, wanted: str | None, depth: int) -> list[tuple[str, Path]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ TITLE = "transforms.json (nerfstudio)"
 FILE = "transforms.json"
 DEPTH_UNIT = 1e-3  # of a step of a 16-bit depth map: the loader's default
 PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE")
+RADIAL = ("RADIAL", "SIMPLE_RADIAL")  # OPENCV with fewer numbers
+DOWNSCALED = (2, 4, 8)  # ns-process-data makes such copies of the images
 SUFFIXES = (".png", ".jpg", ".jpeg")  # that NeRF's synthetic scenes leave out
 
 
@@ -35,7 +38,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
 
     def depth_of(values: dict[str, Any]) -> DepthFile | None:
         if values.get("depth_file_path") is None:
-            return None
+            return _instant_ngp_depth(folder, values)
         place = folder / str(values["depth_file_path"])
         is_png = place.suffix.lower() == ".png"
         return DepthFile(
@@ -46,10 +49,17 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     return one_capture(folder, frames, unusable, [path], None)
 
 
+def _instant_ngp_depth(folder: Path, values: dict[str, Any]) -> DepthFile | None:
+    """Its keys: a path, and the unit of a step, without which it reads no depth."""
+    if values.get("depth_path") is None or not float(values.get("integer_depth_scale", 0)) > 0:
+        return None
+    return DepthFile(path=folder / str(values["depth_path"]), unit=float(values["integer_depth_scale"]))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError unless it is an object with a list `frames`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     entries = content.get("frames") if isinstance(content, dict) else None
@@ -90,20 +100,32 @@ def _pose(numbers: Any) -> np.ndarray:
 
 def _frame(folder: Path, values: dict[str, Any], extrinsics: np.ndarray, depth: DepthFile | None) -> Frame:
     image = _image(folder, str(values["file_path"] if "file_path" in values else values["image"]))
+    size = (int(values["h"]), int(values["w"])) if "h" in values and "w" in values else None
     path = _in_folder(image, folder)
+    name, camera = frame_name(path), _camera(values, extrinsics)
+    smaller = _downscaled(folder, path) if size is not None and min(size) > 0 and not image.exists() else None
+    if smaller is not None and isinstance(camera, OpenCVCamera):
+        image, path, camera, size = smaller, smaller.relative_to(folder), replace(camera, size=size), None
     mask = folder / str(values["mask_path"]) if values.get("mask_path") is not None else None
     if mask is not None and not mask.exists():
         raise ValueError("mask_path: no such file")
     return Frame(
-        name=frame_name(path),
+        name=name,
         path=str(path),
         image=image,
-        size=(int(values["h"]), int(values["w"])) if "h" in values and "w" in values else None,
+        size=size,
         depth=depth,
         mask=mask,
         mask_above=0,
-        camera=_camera(values, extrinsics),
+        camera=camera,
     )
+
+
+def _downscaled(folder: Path, path: Path) -> Path | None:
+    """The image in the largest of the folders images_2, images_4 and images_8, where images/ is not there (DL3DV)."""
+    first, *rest = path.parts
+    places = (folder.joinpath(f"{first}_{factor}", *rest) for factor in DOWNSCALED)
+    return next((place for place in places if place.exists()), None)
 
 
 def _in_folder(image: Path, folder: Path) -> Path:
@@ -126,23 +148,30 @@ def _image(folder: Path, name: str) -> Path:
 def _camera(values: dict[str, Any], extrinsics: np.ndarray) -> OpenCVCamera | FieldOfView:
     distortion = _distortion(values)
     if "fl_x" not in values and "camera_angle_x" in values:
-        angle = float(values["camera_angle_x"])
-        if not 0 < angle < math.pi:
-            raise ValueError(f"camera_angle_x {angle:g}: expected radians between 0 and pi")
+        angle = _angle(values, "camera_angle_x")
+        angle_y = _angle(values, "camera_angle_y") if "camera_angle_y" in values else None
+        centered = FieldOfView(extrinsics=extrinsics, angle=angle, angle_y=angle_y)
         if "w" not in values or "h" not in values:
             if distortion is not None or {"cx", "cy", "fl_y"} & values.keys():
                 raise ValueError("camera_angle_x with cx, cy, fl_y or a distortion needs w and h, too")
-            return FieldOfView(extrinsics=extrinsics, angle=angle)
-        width, height = float(values["w"]), float(values["h"])
-        values = {"fl_x": width / 2 / math.tan(angle / 2), "cx": width / 2, "cy": height / 2} | values
+            return centered
+        _, k = centered.opencv(int(values["h"]), int(values["w"]))
+        values = {"fl_x": k[0, 0], "fl_y": k[1, 1], "cx": k[0, 2] + 0.5, "cy": k[1, 2] + 0.5} | values
     focal = float(values["fl_x"])
     k = pinhole(focal, float(values.get("fl_y", focal)), float(values["cx"]), float(values["cy"]), corner=True)
     return OpenCVCamera(extrinsics=extrinsics, intrinsics=k, distortion=distortion)
 
 
+def _angle(values: dict[str, Any], key: str) -> float:
+    angle = float(values[key])
+    if not 0 < angle < math.pi:
+        raise ValueError(f"{key} {angle:g}: expected radians between 0 and pi")
+    return angle
+
+
 def _distortion(values: dict[str, Any]) -> Distortion | None:
     model = values.get("camera_model", "OPENCV")
-    if model not in ("OPENCV", "OPENCV_FISHEYE", *PINHOLES):
+    if model not in ("OPENCV", "OPENCV_FISHEYE", *RADIAL, *PINHOLES):
         raise ValueError(f"camera_model {model} cannot be undistorted")
     fisheye = model == "OPENCV_FISHEYE" or ("camera_model" not in values and bool(values.get("is_fisheye")))
     keys = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")

@@ -14,18 +14,19 @@ from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_numb
 TITLE = "keyframes/{images,cameras,depth}/ (Polycam)"
 # The corrected ones are Polycam's own after bundle adjustment, where it has made them.
 FOLDERS = (("corrected_cameras", "corrected_images"), ("cameras", "images"))
+CAMERA = "[!.]*.json"  # not what macOS leaves beside files
 POSE = [f"t_{row}{column}" for row in range(3) for column in range(4)]
 
 
 def is_there(folder: Path) -> bool:
-    return any(any((folder / "keyframes" / cameras).glob("*.json")) for cameras, _ in FOLDERS)
+    return any(any((folder / "keyframes" / cameras).glob(CAMERA)) for cameras, _ in FOLDERS)
 
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     keyframes = folder / "keyframes"
-    cameras, images = next(pair for pair in FOLDERS if any((keyframes / pair[0]).glob("*.json")))
+    cameras, images = next(pair for pair in FOLDERS if any((keyframes / pair[0]).glob(CAMERA)))
     frames, unusable, found = [], [], by_stem(keyframes / images)
-    files = sorted((keyframes / cameras).glob("*.json"), key=by_number)
+    files = sorted((keyframes / cameras).glob(CAMERA), key=by_number)
     for file in files:
         try:
             frames.append(_frame(keyframes, found, file))

@@ -1,4 +1,4 @@
-"""Record3D's raw export: metadata.json and rgbd/, poses camera-to-world with OpenGL's axes, depth in meters."""
+"""Record3D: an unpacked .r3d, or EXR and JPG: poses camera-to-world with OpenGL's axes, depth in meters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ import numpy as np
 from prep.importers.cameras import OpenCVCamera, from_opengl, from_quaternion, pinhole
 from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, one_capture
 
-TITLE = "metadata.json and rgbd/ (Record3D)"
-FILE = "metadata.json"
+TITLE = "metadata or metadata.json, rgbd/ or rgb/ and depth/ (Record3D)"
+FILES = ("metadata.json", "metadata")  # the second one in an .r3d
+# Folders of images and of depths, and the suffix and encoding of these.
+FOLDERS = (("rgbd", "rgbd", ".depth", "record3d"), ("rgb", "depth", ".exr", "float"))
 
 
 def is_there(folder: Path) -> bool:
-    return (folder / FILE).is_file() and (folder / "rgbd").is_dir()
+    return _metadata(folder).is_file() and any((folder / images).is_dir() for images, *_ in FOLDERS)
+
+
+def _metadata(folder: Path) -> Path:
+    return next((path for name in FILES if (path := folder / name).is_file()), folder / FILES[0])
 
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError that names the file, and what is wrong with it."""
-    path = folder / FILE
+    path = _metadata(folder)
+    images, depths, suffix, encoding = next(place for place in FOLDERS if (folder / place[0]).is_dir())
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         poses = np.array(content["poses"], np.float64)
@@ -35,8 +42,8 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
         raise ValueError(f"{path}: expected poses of 7 numbers (x y z w of a quaternion, a place), found {poses.shape}")
     frames, unusable = [], []
     for number, (pose, camera) in enumerate(zip(poses, cameras, strict=True)):
-        image, depth = (folder / "rgbd" / f"{number}{suffix}" for suffix in (".jpg", ".depth"))
-        name = f"rgbd/{image.name}"
+        image, depth = folder / images / f"{number}.jpg", folder / depths / f"{number}{suffix}"
+        name = f"{images}/{image.name}"
         try:
             extrinsics = from_opengl(from_quaternion(pose[:4], pose[4:]))
         except ValueError as error:
@@ -48,7 +55,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 path=name,
                 image=image,
                 size=size,
-                depth=DepthFile(path=depth, encoding="record3d") if depth.exists() else None,
+                depth=DepthFile(path=depth, encoding=encoding) if depth.exists() else None,
                 mask=None,
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=camera),
             )

@@ -12,16 +12,21 @@ from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_stem
 
 TITLE = "color/, depth/, pose/, intrinsic/ (ScanNet)"
 SCAN = re.compile(r"(scene\d{4})_\d\d")  # names of a room's scans
-CAMERA, DEPTH_CAMERA = "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt"
+# Color and depth; the second pair in scannet_frames_25k.
+CAMERAS = (
+    ("intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt"),
+    ("intrinsics_color.txt", "intrinsics_depth.txt"),
+)
 
 
 def is_there(folder: Path) -> bool:
-    return (folder / CAMERA).is_file() and (folder / "pose").is_dir()
+    return any((folder / color).is_file() for color, _ in CAMERAS) and (folder / "pose").is_dir()
 
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError for intrinsics that are not a matrix. Both cameras are taken to be in one place."""
-    files = [path for name in (CAMERA, DEPTH_CAMERA) if (path := folder / name).is_file()]
+    names = next(pair for pair in CAMERAS if (folder / pair[0]).is_file())
+    files = [path for name in names if (path := folder / name).is_file()]
     matrices = {}
     for path in files:
         try:
@@ -30,9 +35,10 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 raise ValueError("its focal lengths are not positive numbers")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    matrix, of_depth = matrices[folder / CAMERA], matrices.get(folder / DEPTH_CAMERA)
+    matrix, of_depth = (matrices.get(folder / name) for name in names)
+    assert matrix is not None
     frames, unusable, images = [], [], by_stem(folder / "color")
-    for pose in sorted((folder / "pose").glob("*.txt"), key=lambda path: (len(path.stem), path.stem)):
+    for pose in sorted((folder / "pose").glob("[!.]*.txt"), key=lambda path: (len(path.stem), path.stem)):
         image = images.get(pose.stem, folder / "color" / f"{pose.stem}.jpg")
         files.append(pose)
         try:

@@ -1,17 +1,27 @@
-"""7-Scenes: frame-NNNNNN.{color,depth,pose}, camera-to-world with OpenCV's axes, depth in millimeters."""
+"""7-Scenes: frame-NNNNNN.{color,depth,pose}, camera-to-world with OpenCV's axes, depth in millimeters.
+
+12-Scenes, 3RScan and the exporter of ScanNet's .sens write the same, and the cameras into a file _info.txt or info.txt.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, inverted, pinhole, read_matrix
 from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_stem, one_capture
 
-TITLE = "frame-NNNNNN.{color,depth,pose} (7-Scenes)"
+TITLE = "frame-NNNNNN.{color,depth,pose} (7-Scenes, 12-Scenes, 3RScan)"
 INTRINSICS_FILE = "camera-intrinsics.txt"
+INFO_FILES = ("_info.txt", "info.txt", "../_info.txt", "../info.txt")
+COLOR_KEY, DEPTH_KEY = "m_calibrationColorIntrinsic", "m_calibrationDepthIntrinsic"
+INFO_KEYS = (COLOR_KEY, DEPTH_KEY, "m_depthShift", "m_colorHeight", "m_colorWidth")
 SEQUENCE = re.compile(r"seq-\d+")  # names of a room's sequences
-DEFAULT = (585.0, 585.0, 320.0, 240.0)  # the dataset's, of 640 x 480
+DEFAULT, DEFAULT_SIZE = (585.0, 585.0, 320.0, 240.0), (480, 640)  # the dataset's
 
 
 def is_there(folder: Path) -> bool:
@@ -19,17 +29,14 @@ def is_there(folder: Path) -> bool:
 
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
-    file = folder / INTRINSICS_FILE
-    if intrinsics is None and file.is_file():
-        matrix = read_matrix(file.read_text(), 3, 3)
-    else:
-        matrix = pinhole(*(intrinsics or DEFAULT))
+    """Raises ValueError that names the file of the cameras, if it is not readable."""
+    cameras, file = _cameras(folder, intrinsics)
     frames, unusable, images = [], [], by_stem(folder)
     poses = sorted(folder.glob("frame-*.pose.txt"))
     for pose in poses:
         stem = pose.name.removesuffix(".pose.txt")
         image = images.get(f"{stem}.color", folder / f"{stem}.color.png")
-        depth = folder / f"{stem}.depth.png"
+        depths = (folder / f"{stem}.depth{suffix}" for suffix in (".png", ".pgm"))
         try:
             extrinsics = inverted(read_matrix(pose.read_text(), 4, 4))
         except ValueError as error:
@@ -40,12 +47,57 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 name=stem,
                 path=image.name,
                 image=image,
-                size=None,
-                depth=DepthFile(path=depth, unit=1e-3) if depth.exists() else None,
+                size=cameras.size,
+                depth=next((cameras.depth_file(path) for path in depths if path.exists()), None),
                 mask=None,
-                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=matrix),
+                camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=cameras.color),
             )
         )
-    files = [*poses, file] if file.is_file() else poses
+    files = [*poses, file] if file is not None else poses
     room = folder.resolve().parent if SEQUENCE.fullmatch(folder.resolve().name) else None
     return one_capture(folder, frames, unusable, files, True, site=room)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cameras:
+    """Intrinsics [3, 3] of the images, and of the depths if they differ; unit: of a step of depth, in meters. size:
+    (height, width) of the only images that the intrinsics are known to be of."""
+
+    color: np.ndarray
+    depth: np.ndarray | None = None
+    unit: float = 1e-3
+    size: tuple[int, int] | None = None
+
+    def depth_file(self, path: Path) -> DepthFile:
+        return DepthFile(path=path, unit=self.unit, intrinsics=self.depth)
+
+
+def _cameras(folder: Path, intrinsics: Intrinsics | None) -> tuple[_Cameras, Path | None]:
+    """And the file that says them. Depths of an info file have a camera of their own, whatever that of the images."""
+    file, info = folder / INTRINSICS_FILE, next((folder / name for name in INFO_FILES if _is_info(folder / name)), None)
+    try:
+        said = _Cameras(color=pinhole(*DEFAULT), size=DEFAULT_SIZE) if info is None else _read_info(info.read_text())
+        if intrinsics is not None:
+            return replace(said, color=pinhole(*intrinsics), size=None), info
+        if file.is_file():
+            return replace(said, color=read_matrix(file.read_text(), 3, 3), size=None), file
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file if info is None else info}: not readable as intrinsics ({error})") from error
+    return said, info
+
+
+def _is_info(path: Path) -> bool:
+    return path.is_file() and COLOR_KEY in path.read_text(errors="replace")
+
+
+def _read_info(text: str) -> _Cameras:
+    """Of lines `key = numbers`. Raises ValueError."""
+    values = dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
+    missing = [key for key in INFO_KEYS if key not in values]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    color, depth = (read_matrix(values[key], 4, 4)[:3, :3] for key in (COLOR_KEY, DEPTH_KEY))
+    shift, height, width = (float(values[key]) for key in INFO_KEYS[2:])
+    if not 0 < shift < math.inf:
+        raise ValueError(f"m_depthShift {shift:g}: expected more than 0")
+    return _Cameras(color=color, depth=depth, unit=1 / shift, size=(int(height), int(width)))

@@ -137,8 +137,8 @@ def one_capture(
 
 
 def by_stem(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their names without the last suffix; of several the first."""
-    paths = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    """The files of a folder, without hidden ones, by their names without the last suffix; of several the first."""
+    paths = sorted(folder.glob("[!.]*"), reverse=True)
     return {path.stem: path for path in paths}
 
 

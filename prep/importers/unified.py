@@ -31,7 +31,7 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
             raise ValueError("names that are no list of text")
         if not all(isinstance(array, np.ndarray) and array.ndim == 3 for array in (poses, cameras)):
             raise ValueError("poses or intrinsics that are no arrays of matrices")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{folder}: expected {NAMES}, {POSES} and {CAMERAS} ({error})") from error
     if poses.shape[1:] != (3, 4) or cameras.shape != (len(poses), 3, 3) or len(names) != len(poses):
         raise ValueError(

@@ -17,6 +17,7 @@ FAR_PERCENTILE = 98.0  # of valid stereo depths: what lies farther is mostly noi
 Mask = tuple[Path, int]  # a file, and the number above which depth counts
 HALF_RANGE = (2.0**-14, 65504.0)  # of half floats with full precision
 MAX_ASPECT = 1.02  # of a depth map over its image
+NEAR_CENTER = 0.1  # of a side: where principal points are
 KEPT_SCALES = (1e-2, 1e3)  # of median depths that are stored as they are
 MAX_SCALE = 2.0**30
 SATURATED = 65535  # of 16-bit depths: unknown, or beyond what can be counted
@@ -162,11 +163,18 @@ def _placed(depth: DepthFile, target: Target) -> np.ndarray:
     aspects = [shape[1] / shape[0] for shape in (values.shape, target.source)]
     if depth.intrinsics is None and not 1 / MAX_ASPECT < aspects[0] / aspects[1] < MAX_ASPECT:
         raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
+    if depth.intrinsics is not None and not _fits(depth.intrinsics, values.shape):
+        raise BadFrameError("depth is not of the size that its intrinsics are of", f"{values.shape}")
     if values.shape[0] < target.size[0] or are_scattered(_known(values[::ROW_STEP])):
         values = target.scatter(_known(values), depth.intrinsics)
     else:
         values = _known(target.pick(values, depth.intrinsics))
     return values * np.float32(depth.unit)
+
+
+def _fits(own: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether a map's own principal point is near its center, as it is unless the map was scaled."""
+    return all(abs((own[axis, 2] + 0.5) / n - 0.5) < NEAR_CENTER for axis, n in ((0, shape[1]), (1, shape[0])))
 
 
 def _known(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from prep.importers.source import Frame
-from prep.packing.depths import Target, stored_depth
+from prep.packing.depths import NEAR_CENTER, Target, stored_depth
 from prep.packing.lens import lens_of
 from prep.packing.reading import BadFrameError, read_file, read_rgb
 from shards.codecs import decode_jpeg, encode_depth, encode_jpeg, jpeg_size
@@ -23,7 +23,6 @@ MAX_TRANSLATION = 1e10  # beyond it double precision leaves too little
 MAX_SOURCE_TRANSLATION = MAX_TRANSLATION / 10  # the origin is moved before cameras are stored
 SKEW_TOLERANCE = 1e-6  # of the focal length
 MAX_OFF_CENTER = 0.375  # of a side: crops for training are centered on the principal point, and would be tiny
-NEAR_CENTER = 0.1  # of a side
 JPEG_START = b"\xff\xd8"
 
 

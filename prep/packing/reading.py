@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 PNG_END = b"IEND\xaeB`\x82"
+PGM_START = b"P5"
 HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 
 
@@ -33,9 +34,9 @@ def read_file(path: Path, what: str) -> bytes:
 
 
 def read_png(path: Path, what: str, dtype: type) -> np.ndarray:
-    """A PNG of one channel of this dtype: [H, W]. Raises BadFrameError."""
+    """A PNG, or a PGM, of one channel of this dtype: [H, W]. Raises BadFrameError."""
     data = read_file(path, what)
-    if PNG_END not in data[-64:]:  # OpenCV fills what is missing with zeros and says nothing
+    if not data.startswith(PGM_START) and PNG_END not in data[-64:]:  # OpenCV fills what is missing in a PNG with zeros
         raise BadFrameError(f"{what} is truncated")
     image = read_image(data, what)
     if image.dtype != dtype or image.ndim != 2:

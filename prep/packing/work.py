@@ -154,8 +154,9 @@ def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) ->
         reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(e[1] for e in bad).most_common())
         so_far = "" if len(reports) == len(names) else f" in {len(reports)} of {len(names)} shards"
         write_json(work / REPORT_FILE, to_tell)
+        are = "frame is" if len(bad) == 1 else "frames are"
         raise PackError(
-            f"{len(bad)} frames are bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
+            f"{len(bad)} {are} bad{so_far}, and --max-bad allows {int(most_bad)} in all: {reasons}; "
             f"each is listed in {work / REPORT_FILE}. Repair the dataset, or allow more, and run again: "
             "what is good is kept"
         )

@@ -45,8 +45,27 @@ def test_captures_are_found_three_folders_deep_and_told_apart_by_the_folder_abov
     assert [capture.name for capture in found] == ["alone", "chess-seq-01", "office-seq-01"]
     WRITERS["frames"](tmp_path / "other" / "alone", views)
     WRITERS["frames"](tmp_path / "again" / "other" / "alone", views)
-    with pytest.raises(ValueError, match="would both be called other-alone"):
-        Captures([tmp_path / "other", tmp_path / "again"], CaptureOptions())
+    found = Captures([tmp_path / "other", tmp_path / "again"], CaptureOptions()).found
+    names = [f"{tmp_path.name}-other-alone", "again-other-alone"]
+    assert [capture.name for capture in found] == names, "as many folders as tell them apart"
+    with pytest.raises(ValueError, match=f"would both be called .*{names[0]}"):
+        Captures([tmp_path / "other", tmp_path / "other"], CaptureOptions())
+
+
+def test_what_macos_leaves_beside_a_capture_is_none(tmp_path):
+    views = rendered(frames=3)
+    for name in ("polycam", "arkitscenes", "scannet"):
+        WRITERS[name](tmp_path / name, views)
+        for path in [path for path in (tmp_path / name).rglob("*") if path.is_file()]:
+            path.with_name(f"._{path.name}").write_bytes(b"of another system")
+            copy = tmp_path / "__MACOSX" / path.relative_to(tmp_path).with_name(f"._{path.name}")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(b"of another system")
+    found = Captures([tmp_path], CaptureOptions()).found
+    assert {capture.name: (len(capture.frames), capture.unusable) for capture in found} == {
+        name: (3, []) for name in ("polycam", "arkitscenes", "scannet")
+    }
+    assert all(not frame.image.name.startswith(".") for capture in found for frame in capture.frames)
 
 
 def test_nothing_is_made_up(captures, tmp_path):

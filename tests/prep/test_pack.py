@@ -187,7 +187,7 @@ def test_what_a_damaged_set_left_out_is_still_reported_when_it_is_repaired(edita
     (tmp_path / "out" / "train-000001.tar").unlink()
     failed = vggt_prep(*command, "--max-bad", 0)
     assert failed.returncode == 1
-    assert "1 frames are bad" in failed.stderr
+    assert "1 frame is bad" in failed.stderr
     done = vggt_prep(*command)
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "out") == whole
@@ -373,7 +373,7 @@ def test_a_repaired_dataset_packs_where_it_failed(editable, tmp_path):
     command = ("pack", *source_options(editable), "--out", tmp_path / "out", "--max-bad", 0, "--shard-frames", 60)
     failed = vggt_prep(*command)
     assert failed.returncode == 1
-    assert "1 frames are bad" in failed.stderr
+    assert "1 frame is bad" in failed.stderr
     assert "--max-bad allows 0 in all" in failed.stderr
     image.write_bytes(whole)
     done = vggt_prep(*command)
