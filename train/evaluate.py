@@ -167,10 +167,8 @@ def load_model(source: str) -> VGGT:
 def what_is_known(labels: list[str], evaluator: Evaluator, split: str, allow_shared_frames: bool) -> str:
     """Why the evaluated sequences may not be new to the checkpoints, as far as can be told; empty if they may be.
 
-    Raises ValueError if the very frames were trained on, unless that is allowed.
+    Raises ValueError if the very frames were trained on, unless that is allowed, or the split to train on is asked for.
     """
-    if split == "train":
-        return "of the split that is trained on"
     shard_sets = evaluator.split.shard_sets
     trained: list[Part] = []
     unknown: list[str] = []
@@ -179,7 +177,7 @@ def what_is_known(labels: list[str], evaluator: Evaluator, split: str, allow_sha
     only = {(scene.source, scene.sequence) for sequence in evaluator.sequences for scene in sequence.step.scenes}
     tested = [(shard_set, split) for shard_set in shard_sets]
     shared = shared_places(trained, tested, only)
-    if not allow_shared_frames:
+    if not allow_shared_frames and split != "train":
         # What does not say it may well have been trained on these sets.
         supposed = [(shard_set, "train") for shard_set in shard_sets]
         (shared_places(trained + supposed, tested, only) if unknown else shared).check("--allow-shared-frames")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from threading import Event, Thread
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 2 * OUTAGE_PATIENCE + 120  # seconds for a batch: longer than a worker waits for storage and for memory
 TELL_EVERY = 60  # seconds of waiting
-GIVING_UP = f"After {PATIENCE:.0f} s the run stops"
+GIVING_UP = f"After {PATIENCE:.0f} s other processes load it"
 TIMED_OUT = "timed out"  # in torch's error
 MAX_DEATHS = 3  # of workers, without a batch in between
 LOST = "the batch of step {step} never came out of its worker process, which hangs or lost it: try data.workers=0"
@@ -52,7 +53,7 @@ def stream(
         loader = None
         try:
             loader = iter(make_loader(make(state), workers, pin_memory))  # a worker may die already here
-            while (batch := _next(loader)) is not None:
+            while (batch := _next(loader, workers)) is not None:
                 if "error" in batch:
                     raise NoDataError(batch["error"])
                 state, deaths, expected = batch["after"], 0, expected + 1
@@ -66,8 +67,6 @@ def stream(
             kill_workers()  # while the loader is held: when it goes, it waits 5 seconds for each
             raise
         except (RuntimeError, OSError, EOFError) as error:
-            if TIMED_OUT in str(error):
-                raise NoDataError(LOST.format(step=expected + 1)) from error
             if not workers or not _is_death(error):
                 raise
             deaths += 1
@@ -80,19 +79,31 @@ def stream(
         time.sleep(2**deaths)
 
 
-def _next(loader: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-    """The next batch; None at the end. Raises RuntimeError if none comes for longer than a worker may wait."""
-    began, told = time.monotonic(), 0
-    while True:
-        try:
-            return next(loader, None)
-        except RuntimeError as error:  # LOOK_EVERY seconds have passed, or a worker died
-            waited = time.monotonic() - began
-            if TIMED_OUT not in str(error) or waited > PATIENCE:
-                raise
-            if waited > TELL_EVERY * (told + 1):
-                told += 1
-                log.warning("no data for %d s: is the storage slow, or shared memory full? %s", waited, GIVING_UP)
+def _next(loader: Iterator[dict[str, Any]], workers: int) -> dict[str, Any] | None:
+    """The next batch; None at the end. Workers from which none comes for PATIENCE are killed, and die as others do."""
+    came = Event()
+    if workers:
+        Thread(target=_watch, args=(came,), daemon=True).start()
+    try:
+        while True:
+            try:
+                return next(loader, None)
+            except RuntimeError as error:
+                if TIMED_OUT not in str(error):  # LOOK_EVERY seconds have passed
+                    raise
+    finally:
+        came.set()
+
+
+def _watch(came: Event) -> None:
+    """In a thread of its own: torch waits without end for a stopped worker that was about to hand over a batch."""
+    began = time.monotonic()
+    while not came.wait(TELL_EVERY):
+        waited = time.monotonic() - began
+        if waited > PATIENCE:
+            kill_workers()
+            return
+        log.warning("no data for %d s: is the storage slow, or shared memory full? %s", waited, GIVING_UP)
 
 
 def _is_death(error: Exception) -> bool:
