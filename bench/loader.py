@@ -79,7 +79,7 @@ def loading(split: Split) -> Callable[[], None]:
     steps = planned(split)
 
     def work() -> None:
-        for batch in load_ahead(split, iter(steps)):
+        for batch in load_ahead(split, iter(steps), spare=0):
             assert "error" not in batch, batch
 
     return work
@@ -120,7 +120,7 @@ def plain(source: Source, split: Split) -> Callable[[], None]:
 
 
 def read_plainly(frame: Frame, shape: tuple[int, int]) -> None:
-    image = cv2.cvtColor(cv2.imread(str(frame.image)), cv2.COLOR_BGR2RGB)
+    image = cv2.cvtColor(np.asarray(cv2.imread(str(frame.image))), cv2.COLOR_BGR2RGB)
     bits, mask = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (frame.depth.path, frame.mask))
     depth = bits.view(np.float16).astype(np.float32) * (mask > 128)
     depth[depth > np.percentile(depth, FAR_PERCENTILE)] = 0
@@ -157,7 +157,7 @@ def rates() -> None:
     with packed() as (source, path), TemporaryDirectory() as large:
         split = Split([shards.open(path)], "train")
         ours, images = loading(split), 48 * STEPS
-        batch = next(iter(load_ahead(split, iter(planned(split)[:1]))))
+        batch = next(iter(load_ahead(split, iter(planned(split)[:1]), spare=0)))
         size = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)) / 48
         began = time.perf_counter()
         ours()

@@ -140,7 +140,7 @@ def full(chunk: int, views: int = 1) -> None:
 def memory(chunk: int) -> None:
     for title, kind, all_views in (
         (f"training, head in chunks of {chunk}", "train", (2, 4, 8, 16)),
-        ("training, plain", "train-plain", (2, 4)),
+        ("training, plain", "train-plain", (2, 4, 8)),
         (f"inference, 4 outputs kept, head in chunks of {chunk}", "infer", (2, 4, 8)),
         (f"inference, 24 outputs kept, head in chunks of {chunk}", "infer-all", (2, 4, 8)),
     ):

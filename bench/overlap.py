@@ -24,6 +24,7 @@ from prep.packing.plan import PackOptions
 from prep.synth import corridor
 from prep.synth.render import render
 from shards.codecs import decode_depth, encode_depth
+from shards.geometry import scale_intrinsics
 from shards.overlap import View, Views, views_of
 from shards.schema import pair_dtype
 
@@ -56,7 +57,7 @@ def video() -> Stored:
         _, depth, _ = render(scene, camera)
         known = np.where(np.isfinite(depth), depth, 0).astype(np.float16).view(np.uint16)
         large = np.kron(known, np.ones((ENLARGED, ENLARGED), np.uint16)).view(np.float16)
-        k = camera.intrinsics * [[ENLARGED], [ENLARGED], [1]]
+        k = scale_intrinsics(camera.intrinsics, ENLARGED, ENLARGED)
         stored.append((encode_depth(large), camera.cam_from_world, k))
     return stored
 

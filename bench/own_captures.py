@@ -65,7 +65,7 @@ def floor(source: Captures) -> None:
     for capture in source.found:
         for frame in capture.frames:
             image = cv2.imdecode(np.frombuffer(frame.image.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            image = cv2.cvtColor(np.asarray(image), cv2.COLOR_BGR2RGB)
             bits = cv2.imdecode(np.frombuffer(frame.depth.path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
             if frame.camera.distortion is not None:
                 image = lens_of(frame.camera.intrinsics, frame.camera.distortion, SHORT, LONG).image(image)

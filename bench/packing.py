@@ -53,8 +53,10 @@ def plain(frames: list[Frame]) -> None:
     cv2.setNumThreads(1)
     for frame in frames:
         height, width = _target(frame)
-        image = cv2.imread(str(frame.image))
-        bits, mask = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (frame.depth.path, frame.mask))
+        image = np.asarray(cv2.imread(str(frame.image)))
+        bits, mask = (
+            np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)) for path in (frame.depth.path, frame.mask)
+        )
         depth = np.where(mask > 128, bits, 0).view(np.float16).astype(np.float32)
         depth[depth > np.percentile(depth[depth > 0], FAR_PERCENTILE)] = 0
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)

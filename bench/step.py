@@ -251,9 +251,9 @@ def checkpoint() -> None:
     """Weights of the recipe's model, and two moments of what it trains: 6.6 GB."""
     with torch.device("meta"):
         model = VGGT(preset("1b", heads=("camera", "depth")))
-    state = {name: torch.empty(value.shape) for name, value in model.state_dict().items()}
+    state = {name: torch.zeros(value.shape) for name, value in model.state_dict().items()}
     trained = [name for name in state if not name.startswith("aggregator")]
-    moments = {i: {"exp_avg": torch.empty_like(state[n]), "exp_avg_sq": state[n]} for i, n in enumerate(trained)}
+    moments = {i: {key: torch.zeros_like(state[n]) for key in ("exp_avg", "exp_avg_sq")} for i, n in enumerate(trained)}
     content = {"model": state, "optimizer": {"state": moments}}
     size = sum(t.nbytes for t in (*state.values(), *(m for part in moments.values() for m in part.values())))
     block = torch.empty(2**26, dtype=torch.uint8).numpy()
@@ -291,7 +291,7 @@ def peak(chunks: int) -> None:
     model.aggregator.requires_grad_(False)
     terms: dict[str, Tensor] = forward_backward(model.train(), noise(2, 4, 266, 518), config)
     assert terms
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 
 
 def memory() -> None:

@@ -94,6 +94,14 @@ def decode_pose(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     return extrinsics, intrinsics
 
 
+def decode_cameras(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """As decode_pose, with intrinsics as unproject takes them: (0, 0) is the center of the first pixel."""
+    extrinsics, intrinsics = decode_pose(encoding, height, width)
+    half = intrinsics.new_zeros(3, 3)
+    half[:2, 2] = 0.5
+    return extrinsics, intrinsics - half
+
+
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth along z [..., H, W] and pixel intrinsics [..., 3, 3] -> points in the camera's frame [..., H, W, 3].
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vggt.geometry import decode_pose, invert_se3, transform_points, unproject
+from vggt.geometry import decode_cameras, invert_se3, transform_points, unproject
 from vggt.weights import whole_file
 
 MAX_POINTS = 1_000_000  # what viewers still turn smoothly
@@ -24,7 +24,7 @@ def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> 
     predictions: VGGT's for one scene, with cameras and depth; images [S, 3, H, W] in [0, 1]. Of all
     pixels the fraction `keep` that the model is most confident of is taken, MAX_POINTS of them at most.
     """
-    extrinsics, intrinsics = decode_pose(predictions["pose_enc"][0], *images.shape[-2:])
+    extrinsics, intrinsics = decode_cameras(predictions["pose_enc"][0], *images.shape[-2:])
     rays = unproject(predictions["depth"][0, ..., 0], intrinsics)
     points, confidence = transform_points(invert_se3(extrinsics), rays), predictions["depth_conf"][0]
     points, confidence = points.reshape(-1, 3), confidence.flatten()
@@ -38,8 +38,11 @@ def point_cloud(predictions: dict[str, Tensor], images: Tensor, keep: float) -> 
 
 
 def camera_pyramids(extrinsics: Tensor, intrinsics: Tensor, height: int, width: int, size: float) -> Tensor:
-    """Tip and base, the image at depth `size`, of cameras [S, 3, 4] and [S, 3, 3]: points of the world [S, 5, 3]."""
-    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]]).to(intrinsics)
+    """Tip and base, the image at depth `size`, of cameras [S, 3, 4] and [S, 3, 3]: points of the world [S, 5, 3].
+
+    intrinsics: (0, 0) is the center of the first pixel.
+    """
+    corners = torch.tensor([[0, 0], [width, 0], [width, height], [0, height]]).to(intrinsics) - 0.5
     rays = (corners - intrinsics[:, None, :2, 2]) / intrinsics.diagonal(dim1=1, dim2=2)[:, None, :2]
     base = size * torch.cat([rays, torch.ones_like(rays[..., :1])], dim=-1)
     return transform_points(invert_se3(extrinsics), torch.cat([torch.zeros_like(base[:, :1]), base], dim=1)[:, None])[
@@ -52,7 +55,7 @@ def camera_wireframes(pose_enc: Tensor, height: int, width: int, size: float) ->
 
     A pyramid's tip is the camera's center, its base the image at depth `size`.
     """
-    pyramids = camera_pyramids(*decode_pose(pose_enc.cpu(), height, width), height, width, size)
+    pyramids = camera_pyramids(*decode_cameras(pose_enc.cpu(), height, width), height, width, size)
     fraction = torch.linspace(0, 1, EDGE_POINTS)[:, None]
     points, colors = [], []
     for i, pyramid in enumerate(pyramids):
@@ -62,12 +65,19 @@ def camera_wireframes(pose_enc: Tensor, height: int, width: int, size: float) ->
     return torch.cat(points).numpy(), np.concatenate(colors).round().astype(np.uint8)
 
 
+def linear(colors: np.ndarray) -> np.ndarray:
+    """sRGB as uint8 in linear light (IEC 61966-2-1), also as uint8."""
+    c = colors / 255
+    return (np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) * 255).round().astype(np.uint8)
+
+
 def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep: float) -> int:
     """Write cloud and cameras to a .glb or .ply; returns the number of the cloud's points.
 
     predictions, images [S, 3, H, W] and keep: see point_cloud.
 
-    A .ply keeps the world's axes, OpenCV's (y down, z forward); a .glb has those of glTF (y up, z back).
+    A .ply keeps the world's axes, OpenCV's (y down, z forward), and sRGB; a .glb has the axes of glTF (y up, z back)
+    and its linear colors.
     Raises ValueError if a camera is not finite, or no point is.
     """
     import trimesh  # an extra: only needed here
@@ -84,7 +94,7 @@ def write_scene(path: Path, predictions: dict[str, Tensor], images: Tensor, keep
     with whole_file(path) as temporary:
         if kind == "glb":
             points = points * np.array([1, -1, -1], np.float32)
-            trimesh.Scene([trimesh.PointCloud(points, colors)]).export(temporary, file_type=kind)
+            trimesh.Scene([trimesh.PointCloud(points, linear(colors))]).export(temporary, file_type=kind)
         else:
             trimesh.PointCloud(points, colors).export(temporary, file_type=kind)
     return count

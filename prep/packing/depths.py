@@ -18,6 +18,7 @@ Mask = tuple[Path, int]  # a file, and the number above which depth counts
 HALF_RANGE = (2.0**-14, 65504.0)  # of half floats with full precision
 MAX_ASPECT = 1.02  # of a depth map over its image
 NEAR_CENTER = 0.1  # of a side: where principal points are
+COARSE = 2 / 3  # of the image's rows: above that, training's crops would take a scattered map for a full one
 KEPT_SCALES = (1e-2, 1e3)  # of median depths that are stored as they are
 MAX_SCALE = 2.0**30
 SATURATED = 65535  # of 16-bit depths: unknown, or beyond what can be counted
@@ -165,7 +166,7 @@ def _placed(depth: DepthFile, target: Target) -> np.ndarray:
         raise BadFrameError("depth is not of the image's shape", f"{values.shape} against {target.source}")
     if depth.intrinsics is not None and not _fits(depth.intrinsics, values.shape):
         raise BadFrameError("depth is not of the size that its intrinsics are of", f"{values.shape}")
-    if values.shape[0] < target.size[0] or are_scattered(_known(values[::ROW_STEP])):
+    if values.shape[0] < COARSE * target.size[0] or are_scattered(_known(values[::ROW_STEP])):
         values = target.scatter(_known(values), depth.intrinsics)
     else:
         values = _known(target.pick(values, depth.intrinsics))

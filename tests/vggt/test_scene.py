@@ -15,7 +15,7 @@ from golden_figures import golden_weights, load_json
 from vggt import VGGT, preset
 from vggt.geometry import encode_pose
 from vggt.images import find_images, load_images
-from vggt.scene import camera_wireframes, point_cloud, write_scene
+from vggt.scene import camera_wireframes, linear, point_cloud, write_scene
 
 HEIGHT, WIDTH = 28, 42
 
@@ -29,7 +29,9 @@ def plane_scene():
     extrinsics[1] = torch.cat([turn, -(turn @ center)[:, None]], dim=1)
     intrinsics = torch.tensor([[40.0, 0, WIDTH / 2], [0, 40, HEIGHT / 2], [0, 0, 1]]).repeat(2, 1, 1)
     pixels = torch.stack(torch.meshgrid(torch.arange(WIDTH), torch.arange(HEIGHT), indexing="xy"), -1).float()
-    rays = torch.cat([(pixels - torch.tensor([WIDTH / 2, HEIGHT / 2])) / 40, torch.ones(HEIGHT, WIDTH, 1)], dim=-1)
+    rays = torch.cat(
+        [(pixels + 0.5 - torch.tensor([WIDTH / 2, HEIGHT / 2])) / 40, torch.ones(HEIGHT, WIDTH, 1)], dim=-1
+    )
     world_rays = torch.einsum("sji,hwj->shwi", extrinsics[:, :, :3], rays)  # R^T ray
     depth = (4 - torch.tensor([0.0, center[2]]))[:, None, None] / world_rays[..., 2]
     predictions = {
@@ -42,9 +44,11 @@ def plane_scene():
 
 def test_points_of_all_views_meet_where_the_surface_is():
     predictions, images, _ = plane_scene()
+    predictions["depth_conf"][0, 0] += 10  # points come by confidence
     points, colors = point_cloud(predictions, images, keep=1.0)
     assert len(points) == len(colors) == 2 * HEIGHT * WIDTH
     assert np.abs(points[:, 2] - 4).max() < 1e-4
+    assert np.abs(points[: HEIGHT * WIDTH, :2].mean(0)).max() < 1e-5, "pixels are about the middle of the image"
 
 
 def test_only_the_most_confident_finite_points_are_kept_in_their_own_color():
@@ -82,8 +86,12 @@ def test_scenes_open_elsewhere_with_their_points_colors_and_axes(tmp_path, suffi
     expected, colors = point_cloud(predictions, images, keep=0.5)
     assert count == len(expected)
     assert np.allclose(cloud.vertices[:count], expected * axes, atol=1e-5)
-    assert np.array_equal(cloud.colors[:count, :3], colors)
+    assert np.array_equal(cloud.colors[:count, :3], colors if suffix == ".ply" else linear(colors))
     assert len(cloud.vertices) > count  # and cameras
+
+
+def test_linear_colors_are_those_of_the_standard():
+    assert linear(np.array([0, 10, 128, 188, 255], np.uint8)).tolist() == [0, 1, 55, 128, 255]
 
 
 def test_cameras_that_are_not_finite_are_no_scene(tmp_path):

@@ -16,6 +16,7 @@ from train.evaluation.points import point_errors
 from train.evaluation.poses import ACCURACY_LIMITS, AUC_LIMITS, fov_error, pair_errors, pose_metrics
 from train.objective.targets import Batch
 from vggt.geometry import (
+    decode_cameras,
     decode_pose,
     invert_se3,
     transform_points,
@@ -108,8 +109,7 @@ def predicted_points(predictions: dict[str, Any], height: int, width: int) -> di
     """World points [B, S, H, W, 3]: `points` of depth and cameras, `point_map` of the point head, as there are."""
     found = {}
     if "pose_enc" in predictions and "depth" in predictions:
-        extrinsics, intrinsics = decode_pose(predictions["pose_enc"].double(), height, width)
-        intrinsics[..., :2, 2] -= 0.5  # of pixels whose centers are whole numbers, as those of the truth
+        extrinsics, intrinsics = decode_cameras(predictions["pose_enc"].double(), height, width)
         rays = unproject(predictions["depth"][..., 0].double(), intrinsics)
         found["points"] = transform_points(invert_se3(extrinsics), rays).float()
     if "world_points" in predictions:

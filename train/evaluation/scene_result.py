@@ -10,12 +10,12 @@ from torch import Tensor
 
 from train.evaluation.depths import depth_scale
 from train.objective.targets import Batch
-from vggt.geometry import decode_pose
+from vggt.geometry import decode_cameras
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """extrinsics [S, 3, 4] camera-from-world, intrinsics [S, 3, 3] pixels."""
+    """extrinsics [S, 3, 4] camera-from-world, intrinsics [S, 3, 3] pixels, (0, 0) the center of the first."""
 
     extrinsics: Tensor
     intrinsics: Tensor
@@ -45,7 +45,7 @@ def scene_result(name: str, predictions: dict[str, Any], batch: Batch) -> SceneR
     height, width = batch["images"].shape[-2:]
     cameras, depth, confidence, scale = None, None, None, 1.0
     if "pose_enc" in predictions:
-        cameras = Cameras(*(x.cpu() for x in decode_pose(predictions["pose_enc"][0].float(), height, width)))
+        cameras = Cameras(*(x.cpu() for x in decode_cameras(predictions["pose_enc"][0].float(), height, width)))
     if "depth" in predictions:
         depth, confidence = predictions["depth"][0, ..., 0].float(), predictions["depth_conf"][0].float().cpu()
         scale = float(depth_scale(depth[None], batch["depth"][:1], batch["mask"][:1], "scene"))

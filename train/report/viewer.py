@@ -14,7 +14,7 @@ from vggt.scene import EDGES, camera_pyramids
 
 CLOUD_POINTS = 15_000  # of a scene, predicted and true each
 CONFIDENT = 0.7  # fraction of the predicted points that is drawn, the most confident ones
-CAMERA_SIZE = 0.12  # of a drawn camera, in units of the scene's mean point distance
+CAMERA_SIZE = 0.12  # of a drawn camera, in units of the scene's extent
 TRUE_COLOR, PREDICTED_COLOR = "rgb(40,160,70)", "rgb(230,110,20)"
 LEVELS = 6  # of red, green and blue each: a color is then a single number, a byte a point
 PALETTE = [
@@ -102,7 +102,7 @@ def _wireframes(
 ) -> go.Scatter3d:
     """Cameras as pyramids of one size, which stays as it is when a similarity moves them."""
     height, width = scene.images.shape[-2:]
-    size = CAMERA_SIZE / (1.0 if similarity is None else max(float(similarity[0]), 1e-9))
+    size = CAMERA_SIZE * _extent(scene) / (1.0 if similarity is None else max(float(similarity[0]), 1e-9))
     corners = camera_pyramids(cameras.extrinsics, cameras.intrinsics, height, width, size)
     if similarity is not None:
         corners = apply_similarity(*similarity, corners.reshape(1, -1, 3)).reshape(corners.shape)
@@ -111,6 +111,13 @@ def _wireframes(
     xyz = torch.cat([ends, gaps], dim=1).reshape(-1, 3).double().numpy()
     line = {"color": color, "width": 3}
     return go.Scatter3d(**_upright(xyz), mode="lines", name=name, line=line, hoverinfo="name")
+
+
+def _extent(scene: SceneResult) -> float:
+    """Of scenes with depth the mean point distance, which is their unit, of others that of the true cameras."""
+    centers = invert_se3(scene.true_cameras.extrinsics)[:, :, 3]
+    spread = float((centers - centers.mean(0)).norm(dim=1).mean())
+    return 1.0 if scene.mask.any() or not spread else spread
 
 
 def _upright(xyz: np.ndarray) -> dict[str, np.ndarray]:

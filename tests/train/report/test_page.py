@@ -196,6 +196,14 @@ def test_scenes_are_drawn_with_what_there_is():
     assert [*layers(predicted=nothing + math.nan)] == ["true points", "true cameras", "predicted cameras"]
 
 
+def test_cameras_of_scenes_without_depth_are_seen_whatever_their_unit():
+    nothing, cameras = torch.zeros(3, 8, 10), a_result().true_cameras
+    far = torch.cat([cameras.extrinsics[..., :3], cameras.extrinsics[..., 3:] * 1e7], -1)
+    found = layers(truth=nothing, mask=nothing > 0, true_cameras=Cameras(far, cameras.intrinsics))["true cameras"]
+    pyramid = np.ptp(found["y"][np.isfinite(found["y"])])
+    assert 0.01 < pyramid / np.ptp(found["x"][np.isfinite(found["x"])]) < 0.5
+
+
 def test_a_chart_without_points_is_none():
     assert line_chart("t", "x", []) is None
     assert line_chart("t", "x", [("a", [], [], False)]) is None
