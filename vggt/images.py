@@ -46,10 +46,9 @@ def load_images(paths: Sequence[Path], config: VGGTConfig, width: int | None = N
     patch, side = config.patch_size, width or config.image_size
     if side % patch:
         raise ValueError(f"width {side}: expected a multiple of {patch}, the model's patch size")
-    photographs = [_read(path) for path in paths]
-    height, width = photographs[0].shape[:2]
+    height, width = _read(paths[0]).shape[:2]
     rows = min(max(round(side * height / width / patch), 1), side // patch)
-    pixels = np.stack([_cover(photograph, rows * patch, side) for photograph in photographs])
+    pixels = np.stack([_cover(_read(path), rows * patch, side) for path in paths])  # one at a time: they are large
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 

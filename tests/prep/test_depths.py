@@ -122,3 +122,12 @@ def test_of_the_channels_of_an_exr_the_depth_is_read_or_none(tmp_path, scene, na
             read_float(tmp_path / "d.exr")
     else:
         assert np.array_equal(read_float(tmp_path / "d.exr"), scene)
+
+
+@pytest.mark.parametrize(("rows", "share"), [(36, 1.0), (30, 0.39)])
+def test_depth_a_little_coarser_than_the_image_is_known_everywhere(tmp_path, rows, share):
+    """Scattered, it would have holes, and crops would take it for a full map."""
+    depth = np.random.default_rng(0).uniform(1, 2, (rows, rows * 4 // 3)).astype(np.float32)
+    np.save(tmp_path / "d.npy", depth)
+    placed = _placed(DepthFile(path=tmp_path / "d.npy", encoding="float"), target_of((96, 128), (48, 64)))
+    assert (placed > 0).mean() == pytest.approx(share, abs=0.01)
