@@ -171,9 +171,8 @@ def finish(out: Path, job: dict[str, Any], names: list[str], most_bad: float) ->
             (out / f"{name}.tar").unlink(missing_ok=True)  # of a former pack, and nothing of it is good any more
     if not tars:
         _clear(work)  # so that other options may be tried
-        raise PackError(
-            f"no sequence has {job['options']['min_frames']} usable frames in its split; see {out / REPORT_FILE} and --min-frames"
-        )
+        least = job["options"]["min_frames"]
+        raise PackError(f"no sequence has {least} usable frames in its split; see {out / REPORT_FILE} and --min-frames")
     made_of = {name: part["made_of"] for name, part in reports.items() if "made_of" in part}
     write_json(out / MADE_OF_FILE, made_of)
     write_index(out, tars, source=job["source"], options=job["options"])
