@@ -95,7 +95,10 @@ def decode_pose(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tens
 
 
 def decode_cameras(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """As decode_pose, with intrinsics as unproject takes them: (0, 0) is the center of the first pixel."""
+    """As decode_pose, [..., 9] -> [..., 3, 4] and [..., 3, 3], with intrinsics as unproject takes them.
+
+    Their (0, 0) is the center of the first pixel.
+    """
     extrinsics, intrinsics = decode_pose(encoding, height, width)
     half = intrinsics.new_zeros(3, 3)
     half[:2, 2] = 0.5

@@ -66,7 +66,7 @@ def camera_wireframes(pose_enc: Tensor, height: int, width: int, size: float) ->
 
 
 def linear(colors: np.ndarray) -> np.ndarray:
-    """sRGB as uint8 in linear light (IEC 61966-2-1), also as uint8."""
+    """sRGB as uint8 in linear light (IEC 61966-2-1), also as uint8, which has few steps for dark colors."""
     c = colors / 255
     return (np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) * 255).round().astype(np.uint8)
 

@@ -15,11 +15,10 @@ log = logging.getLogger(__name__)
 
 TITLE = "sparse/ and images/ (COLMAP)"
 MAX_ERROR, MIN_VIEWS = 2.0, 3  # pixels of reprojection, and images, of a point that is taken
-# COLMAP's models that are OpenCV's, with how many of its coefficients they have.
-RADIAL = {"SIMPLE_RADIAL": 1, "RADIAL": 2, "OPENCV": 4}
-FISHEYE = {"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 2, "OPENCV_FISHEYE": 4}
+# COLMAP's models that are OpenCV's.
 PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
-FULL = "FULL_OPENCV"  # has all of them
+RADIAL = ("SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV")
+FISHEYE = ("SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE", "OPENCV_FISHEYE")
 
 
 def is_there(folder: Path) -> bool:
@@ -94,9 +93,8 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
         pose: Any = image.cam_from_world() if callable(image.cam_from_world) else image.cam_from_world
         seen = [points[p.point3D_id] for p in image.points2D if p.has_point3D() and p.point3D_id in points]
         depth = SparsePoints(points=np.array(seen).reshape(-1, 3))
-        if has_dense:  # some images have no map: patch_match_stereo found nothing to compare them with
-            file = dense / f"{image.name}.geometric.bin"
-            depth = DepthFile(path=file, encoding="colmap", kind="mvs") if file.exists() else None
+        if has_dense and (file := dense / f"{image.name}.geometric.bin").exists():
+            depth = DepthFile(path=file, encoding="colmap", kind="mvs")
         camera = reconstruction.cameras[image.camera_id]
         frames.append(
             Frame(
@@ -109,6 +107,9 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
                 camera=OpenCVCamera(extrinsics=np.array(pose.matrix()), intrinsics=intrinsics, distortion=distortion),
             )
         )
+    without = sum(isinstance(frame.depth, SparsePoints) for frame in frames)
+    if has_dense and without:  # patch_match_stereo leaves out what it finds no other images for
+        log.warning("%s: has no map of %d of %d images: their depth is that of points", dense, without, len(frames))
     files = sorted(path for kind in ("bin", "txt") for path in model.glob(f"*.{kind}"))
     return Capture(name=name, place=folder, site=folder, frames=frames, unusable=unusable, files=files, metric=False)
 
@@ -116,17 +117,14 @@ def _capture(folder: Path, model: Path, name: str, reconstruction: Any) -> Captu
 def camera_of(camera: Any) -> tuple[np.ndarray, Distortion | None]:
     """Intrinsics [3, 3] and distortion of a camera of pycolmap. Raises ValueError for a model that OpenCV has not."""
     name = camera.model.name
-    if name not in (*PINHOLES, *RADIAL, *FISHEYE, FULL):  # some have no focal length to ask for
+    if name not in (*PINHOLES, *RADIAL, *FISHEYE):  # some have no focal length to ask for
         raise ValueError(
             f"camera model {name} cannot be undistorted: run colmap image_undistorter, and pack its output"
         )
     fx, fy = camera.focal_length_x, camera.focal_length_y
     intrinsics = pinhole(fx, fy, camera.principal_point_x, camera.principal_point_y, corner=True)
     extra = [float(camera.params[i]) for i in camera.extra_params_idxs()]
-    if name in PINHOLES or (not any(extra) and name in RADIAL):
+    if name in PINHOLES or (name in RADIAL and not any(extra)):
         return intrinsics, None
-    if name in FISHEYE:
-        return intrinsics, Distortion(coefficients=(*extra, *[0.0] * (4 - len(extra))), fisheye=True)
-    if name in RADIAL:
-        return intrinsics, Distortion(coefficients=(*extra, *[0.0] * (4 - len(extra))))
-    return intrinsics, Distortion(coefficients=tuple(extra))
+    coefficients = (*extra, *[0.0] * (4 - len(extra)))
+    return intrinsics, Distortion(coefficients=coefficients, fisheye=name in FISHEYE)

@@ -51,9 +51,10 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
 
 def _instant_ngp_depth(folder: Path, values: dict[str, Any]) -> DepthFile | None:
     """Its keys: a path, and the unit of a step, without which it reads no depth."""
-    if values.get("depth_path") is None or not float(values.get("integer_depth_scale", 0)) > 0:
+    unit = float(values.get("integer_depth_scale", 0))
+    if values.get("depth_path") is None or not 0 < unit < math.inf:
         return None
-    return DepthFile(path=folder / str(values["depth_path"]), unit=float(values["integer_depth_scale"]))
+    return DepthFile(path=folder / str(values["depth_path"]), unit=unit)
 
 
 def read_json(path: Path) -> dict[str, Any]:

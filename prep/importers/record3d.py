@@ -18,7 +18,9 @@ FOLDERS = (("rgbd", "rgbd", ".depth", "record3d"), ("rgb", "depth", ".exr", "flo
 
 
 def is_there(folder: Path) -> bool:
-    return _metadata(folder).is_file() and any((folder / images).is_dir() for images, *_ in FOLDERS)
+    file = _metadata(folder)
+    there = file.is_file() and any((folder / images).is_dir() for images, *_ in FOLDERS)
+    return there and '"poses"' in file.read_text(encoding="utf-8", errors="replace")  # others have such names, too
 
 
 def _metadata(folder: Path) -> Path:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from prep.importers.cameras import OpenCVCamera, inverted, pinhole, read_matrix
 from prep.importers.source import Capture, DepthFile, Frame, Intrinsics, by_stem, one_capture
 
+T = TypeVar("T")
 TITLE = "frame-NNNNNN.{color,depth,pose} (7-Scenes, 12-Scenes, 3RScan)"
 INTRINSICS_FILE = "camera-intrinsics.txt"
 INFO_FILES = ("_info.txt", "info.txt", "../_info.txt", "../info.txt")
@@ -30,13 +33,14 @@ def is_there(folder: Path) -> bool:
 
 def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
     """Raises ValueError that names the file of the cameras, if it is not readable."""
-    cameras, file = _cameras(folder, intrinsics)
+    cameras, files = _cameras(folder, intrinsics)
     frames, unusable, images = [], [], by_stem(folder)
     poses = sorted(folder.glob("frame-*.pose.txt"))
     for pose in poses:
         stem = pose.name.removesuffix(".pose.txt")
         image = images.get(f"{stem}.color", folder / f"{stem}.color.png")
         depths = (folder / f"{stem}.depth{suffix}" for suffix in (".png", ".pgm"))
+        depth = next((path for path in depths if path.exists()), None)
         try:
             extrinsics = inverted(read_matrix(pose.read_text(), 4, 4))
         except ValueError as error:
@@ -48,14 +52,13 @@ def read(folder: Path, intrinsics: Intrinsics | None) -> list[Capture]:
                 path=image.name,
                 image=image,
                 size=cameras.size,
-                depth=next((cameras.depth_file(path) for path in depths if path.exists()), None),
+                depth=None if depth is None else DepthFile(path=depth, unit=cameras.unit, intrinsics=cameras.depth),
                 mask=None,
                 camera=OpenCVCamera(extrinsics=extrinsics, intrinsics=cameras.color),
             )
         )
-    files = [*poses, file] if file is not None else poses
     room = folder.resolve().parent if SEQUENCE.fullmatch(folder.resolve().name) else None
-    return one_capture(folder, frames, unusable, files, True, site=room)
+    return one_capture(folder, frames, unusable, [*poses, *files], True, site=room)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +71,27 @@ class _Cameras:
     unit: float = 1e-3
     size: tuple[int, int] | None = None
 
-    def depth_file(self, path: Path) -> DepthFile:
-        return DepthFile(path=path, unit=self.unit, intrinsics=self.depth)
+
+def _cameras(folder: Path, intrinsics: Intrinsics | None) -> tuple[_Cameras, list[Path]]:
+    """And the files that say them. Depths of an info file have a camera of their own, whatever that of the images."""
+    said, files = _Cameras(color=pinhole(*DEFAULT), size=DEFAULT_SIZE), []
+    info = next((path for name in INFO_FILES if _is_info(path := folder / name)), None)
+    if info is not None:
+        said, files = _parsed(info, _read_info), [info]
+    if (file := folder / INTRINSICS_FILE).is_file():
+        matrix = _parsed(file, lambda text: read_matrix(text, 3, 3))
+        said, files = replace(said, color=matrix, size=None), [*files, file]
+    if intrinsics is not None:
+        said = replace(said, color=pinhole(*intrinsics), size=None)
+    return said, files
 
 
-def _cameras(folder: Path, intrinsics: Intrinsics | None) -> tuple[_Cameras, Path | None]:
-    """And the file that says them. Depths of an info file have a camera of their own, whatever that of the images."""
-    file, info = folder / INTRINSICS_FILE, next((folder / name for name in INFO_FILES if _is_info(folder / name)), None)
+def _parsed(path: Path, parse: Callable[[str], T]) -> T:
+    """Raises ValueError that names the file."""
     try:
-        said = _Cameras(color=pinhole(*DEFAULT), size=DEFAULT_SIZE) if info is None else _read_info(info.read_text())
-        if intrinsics is not None:
-            return replace(said, color=pinhole(*intrinsics), size=None), info
-        if file.is_file():
-            return replace(said, color=read_matrix(file.read_text(), 3, 3), size=None), file
+        return parse(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file if info is None else info}: not readable as intrinsics ({error})") from error
-    return said, info
+        raise ValueError(f"{path}: not readable as intrinsics ({error})") from error
 
 
 def _is_info(path: Path) -> bool:

@@ -46,11 +46,11 @@ class Camera(Protocol):
 class DepthFile:
     """A depth map of its image's view, at any size.
 
-    encoding: half (16-bit PNG whose bits are half floats), uint16 (16-bit PNG), float (EXR, TIFF, npy or npz), colmap
-    (COLMAP's .bin), record3d (LZFSE of float32). unit: of a stored number, in the units of the translations. kind:
-    stereo, sensor, mvs or rendered; the farthest stereo depths are noise, and are dropped. intrinsics [3, 3]: of the
-    depth map, in its own pixels, if its camera has the image's pose but other intrinsics; None: it covers exactly the
-    image.
+    encoding: half (16-bit PNG whose bits are half floats), uint16 (16-bit PNG or PGM), float (EXR, TIFF, npy or npz),
+    colmap (COLMAP's .bin), record3d (LZFSE of float32). unit: of a stored number, in the units of the translations.
+    kind: stereo, sensor, mvs or rendered; the farthest stereo depths are noise, and are dropped. intrinsics [3, 3]: of
+    the depth map, in its own pixels, if its camera has the image's pose but other intrinsics; None: it covers exactly
+    the image.
     """
 
     path: Path

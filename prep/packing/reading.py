@@ -40,7 +40,7 @@ def read_png(path: Path, what: str, dtype: type) -> np.ndarray:
         raise BadFrameError(f"{what} is truncated")
     image = read_image(data, what)
     if image.dtype != dtype or image.ndim != 2:
-        raise BadFrameError(f"{what} is not a {8 * np.dtype(dtype).itemsize}-bit gray PNG")
+        raise BadFrameError(f"{what} is not a {8 * np.dtype(dtype).itemsize}-bit gray PNG or PGM")
     return image
 
 

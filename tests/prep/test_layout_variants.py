@@ -14,7 +14,7 @@ from layout_writers import ALL, WRITERS, rendered, write_depth, write_exr, write
 import shards
 from prep.importers.captures import CaptureOptions, Captures
 from prep.importers.colmap import camera_of
-from prep.importers.source import Distortion
+from prep.importers.source import Distortion, SparsePoints
 from shards.codecs import decode_depth
 
 
@@ -45,9 +45,14 @@ def assert_packed(folder, out, views, *options):
     opened = shards.open(out)
     order = np.argsort(opened.frames["name"], kind="stable")
     assert len(order) == len(views)
-    for number, view in zip(order, views, strict=True):
-        row = opened.frames[number]
+    for place, (number, view) in enumerate(zip(order, views, strict=True)):
+        row, first = opened.frames[number], place // 4 * 4  # the splits' halves, each about its own middle
         assert np.abs(row["intrinsics"] - view.intrinsics).max() < 1e-6
+        moved = [
+            np.vstack([pose, [0, 0, 0, 1]]) for pose in (row["extrinsics"], opened.frames["extrinsics"][order[first]])
+        ]
+        true = [np.vstack([other.cam_from_world, [0, 0, 0, 1]]) for other in (view, views[first])]
+        assert np.abs(moved[0] @ np.linalg.inv(moved[1]) - true[0] @ np.linalg.inv(true[1])).max() < 1e-5
         depth = decode_depth(opened.read(number)[1], int(row["height"]), int(row["width"])) * row["depth_scale"]
         known = (view.depth > 0) & (view.depth < 60)
         assert np.abs(depth[known] / view.depth[known] - 1).max() < 2e-3
@@ -198,7 +203,7 @@ def test_radial_lenses_and_a_byte_order_mark_are_no_obstacle_to_transforms_json(
     assert read(tmp_path / "scan").frames[0].camera.distortion == Distortion(coefficients=(0.1, 0, 0, 0, 0))
 
 
-def test_an_image_without_a_dense_map_has_no_depth_and_the_others_theirs(views, tmp_path):
+def test_an_image_without_a_dense_map_has_that_of_points_and_it_is_said(views, tmp_path, caplog):
     ALL["colmap"](tmp_path / "scan", views)
     maps = tmp_path / "scan" / "stereo" / "depth_maps"
     maps.mkdir(parents=True)
@@ -207,7 +212,8 @@ def test_an_image_without_a_dense_map_has_no_depth_and_the_others_theirs(views, 
             header = "{1}&{0}&1&".format(*view.depth.shape).encode()
             (maps / f"{i:03d}.png.geometric.bin").write_bytes(header + view.depth.astype("<f4").tobytes())
     depths = [frame.depth for frame in read(tmp_path / "scan").frames]
-    assert [i for i, depth in enumerate(depths) if depth is None] == [2]
+    assert [i for i, depth in enumerate(depths) if isinstance(depth, SparsePoints)] == [2]
+    assert "has no map of 1 of 8 images" in caplog.text
 
 
 def test_damaged_models_of_colmap_are_named(views, tmp_path):

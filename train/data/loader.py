@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 2 * OUTAGE_PATIENCE + 120  # seconds for a batch: longer than a worker waits for storage and for memory
 TELL_EVERY = 60  # seconds of waiting
-GIVING_UP = f"After {PATIENCE:.0f} s other processes load it"
 TIMED_OUT = "timed out"  # in torch's error
 MAX_DEATHS = 3  # of workers, without a batch in between
 LOST = "the batch of step {step} never came out of its worker process, which hangs or lost it: try data.workers=0"
@@ -67,6 +66,8 @@ def stream(
             kill_workers()  # while the loader is held: when it goes, it waits 5 seconds for each
             raise
         except (RuntimeError, OSError, EOFError) as error:
+            if TIMED_OUT in str(error):
+                raise NoDataError(LOST.format(step=expected + 1)) from error
             if not workers or not _is_death(error):
                 raise
             deaths += 1
@@ -80,30 +81,31 @@ def stream(
 
 
 def _next(loader: Iterator[dict[str, Any]], workers: int) -> dict[str, Any] | None:
-    """The next batch; None at the end. Workers from which none comes for PATIENCE are killed, and die as others do."""
-    came = Event()
-    if workers:
-        Thread(target=_watch, args=(came,), daemon=True).start()
+    """The next batch; None at the end. Raises RuntimeError if none comes for longer than a worker may wait."""
+    began, came = time.monotonic(), Event()
     try:
+        if workers:
+            Thread(target=_watch, args=(began, came), daemon=True).start()
         while True:
             try:
                 return next(loader, None)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                if time.monotonic() - began > PATIENCE:
+                    raise RuntimeError(TIMED_OUT) from error
                 if TIMED_OUT not in str(error):  # LOOK_EVERY seconds have passed
                     raise
     finally:
         came.set()
 
 
-def _watch(came: Event) -> None:
-    """In a thread of its own: torch waits without end for a stopped worker that was about to hand over a batch."""
-    began = time.monotonic()
+def _watch(began: float, came: Event) -> None:
+    """Say that no batch comes; and end the workers at last: torch waits for one that was about to hand it over."""
     while not came.wait(TELL_EVERY):
         waited = time.monotonic() - began
+        giving_up = f"After {PATIENCE:.0f} s the run stops"
+        log.warning("no data for %d s: is the storage slow, or shared memory full? %s", waited, giving_up)
         if waited > PATIENCE:
             kill_workers()
-            return
-        log.warning("no data for %d s: is the storage slow, or shared memory full? %s", waited, GIVING_UP)
 
 
 def _is_death(error: Exception) -> bool:
