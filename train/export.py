@@ -63,7 +63,7 @@ def main() -> None:
         sys.exit(130)  # as shells expect it of a Ctrl-C
     print(f"{arguments.out}: {len(state):,} tensors, {trained:,} of them trained")
     if lost is not None:
-        print(f"Rounding to float16 took back {lost:.2g} of what training changed (as a fraction of its norm)")
+        print(f"Rounding to float16 took back {100 * lost:.2g}% of what training changed (in norm)")
 
 
 def rounded_away(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:

@@ -75,7 +75,7 @@ def test_half_says_how_much_of_what_was_trained_it_takes_back(run, published, tm
     trained = [n for n in saved if n.startswith(("camera_head.", "depth_head."))]
     off = torch.cat([(state[n].float() - saved[n]).flatten() for n in trained]).norm()
     change = torch.cat([(published[n].float() - saved[n]).flatten() for n in trained]).norm()
-    assert f"took back {off / change:.2g} of what training changed" in done.stdout
+    assert f"took back {100 * off / change:.2g}% of what training changed" in done.stdout
     assert 0.001 < off / change < 1
 
 
