@@ -15,7 +15,8 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # vggt-nano, which comes with the project, unless there is a larger model.
 RECIPE ?= $(if $(filter-out nano,$(INIT)),default,nano)
-CONFIG  = train/configs/$(RECIPE).yaml
+# The recipes with adapters are for the published sizes: vggt-nano has one of its own.
+CONFIG  = train/configs/$(if $(filter-out nano,$(INIT)),$(RECIPE),$(RECIPE:lora%=nano_lora)).yaml
 DEMO   := data/demo
 # One process needs no torchrun, whose report after an error hides what the error was.
 LAUNCH  = $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc_per_node=$(NPROC))
@@ -53,7 +54,7 @@ help:
 	@echo "CO3D_ANNOTATION_DIR=  VGGT's cameras: <category>_{train,test}.jgz (none: those that come with Co3D)"
 	@echo "SHARDS=data/shards    where the packed data goes, or is"
 	@echo "PACK=                 options of vggt-prep pack, such as PACK='--test kitchen'; see .venv/bin/vggt-prep pack --help"
-	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors (none: vggt-nano, which comes with the project)"
+	@echo "INIT=                 checkpoint to fine-tune: .pt, .safetensors, facebook/VGGT-1B (none: vggt-nano, which comes with the project)"
 	@echo "RECIPE=               one of train/configs, such as lora: adapters, for few captures (default: with INIT default, else nano)"
 	@echo "NPROC=                processes on this machine (default: one a GPU, or one)"
 	@echo "RUN=                  name of the run: everything goes to runs/RUN (default: finetune with INIT, else captures, co3d, SHARDS' name, demo)"
@@ -100,6 +101,8 @@ finetune: shards
 	  data.shards="$$SHARDS" out_dir="runs/$$RUN" $(if $(INIT),init="$$INIT") $(ARGS)
 
 trained:  # asked first: packing may take long
+	@if [ "$(origin RUN) $(RUN)" = "file demo" ] && [ -e "$$SHARDS" ] && ! $(IS_DEMO); then \
+	  echo "$$SHARDS is not the demo's any more: name the run to evaluate, such as RUN=captures"; exit 2; fi
 	@[ -d "runs/$$RUN/checkpoints" ] || { echo "runs/$$RUN: no such run; train it with make finetune, or name another: RUN=..."; exit 2; }
 
 eval: trained shards

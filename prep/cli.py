@@ -81,9 +81,14 @@ def check_command(captures: tuple[Path, ...], layout: str | None, intrinsics: In
                     checks.append(CaptureCheck(folder.resolve().name, 0, None, None, None, f"not checked: {error}"))
                 bar.advance(task)
     print_checks(checks)
-    wrong = [check.name for check in checks if not check.fits]
+    found = {False: "these do not fit: ", None: "of these it cannot be told: "}
+    wrong = [
+        words + ", ".join(names)
+        for fits, words in found.items()
+        if (names := [check.name for check in checks if check.fits is fits])
+    ]
     if wrong:
-        raise click.ClickException(f"these do not fit, or it cannot be told: {', '.join(wrong)}")
+        raise click.ClickException("; ".join(wrong))
 
 
 @main.command("synth")

@@ -74,6 +74,9 @@ def test_a_run_is_named_after_its_shards_and_one_process_needs_no_torchrun(make,
     assert adapted[adapted.index("--config") + 1] == "train/configs/lora.yaml"
     (far,) = make("finetune", "SHARDS=https://host/sets/kitchen")
     assert {"data.shards=https://host/sets/kitchen", "out_dir=runs/kitchen"} <= {*far}
+    for init in ((), ("INIT=nano",)):
+        (small,) = make("finetune", "SHARDS=data/mine", "RECIPE=lora", *init)
+        assert small[small.index("--config") + 1] == "train/configs/nano_lora.yaml"
     (several,) = make("finetune", "SHARDS=data/mine", "NPROC=2")
     assert several[0].endswith("bin/torchrun")
     assert "--nproc_per_node=2" in several
@@ -95,6 +98,10 @@ def test_the_demo_is_told_from_other_shards_through_links(make, tmp_path):
     assert "--min-frames" not in evaluated
     make("shards", "CO3D_DIR=/c")
     assert not os.path.lexists(tmp_path / "data/shards")  # made room
+    (tmp_path / "data/shards").mkdir()
+    (tmp_path / "data/shards/dataset.json").write_text("")
+    assert make("eval", error="data/shards is not the demo's any more: name the run") == []
+    assert make("eval", "RUN=demo")
 
 
 def test_before_training_there_is_nothing_to_evaluate_and_nothing_is_packed(make):

@@ -219,11 +219,13 @@ def program(name: str) -> str:
 
 def _next_steps(config: TrainConfig) -> list[str]:
     if config.init in (None, NANO.name):
+        place, out = shlex.quote(config.data.sources[0].path), Path(config.out_dir)
         what = "This was a model from scratch" if config.init is None else "This was vggt-nano, a small VGGT"
         return [
             f"{what}: it shows how everything works, not what VGGT can do. Next:",
-            "  your data, if this was not it: make finetune CAPTURES=<folders> (or CO3D_DIR=<co3d>)",
-            f"  VGGT itself, on this data:     make finetune SHARDS={shlex.quote(config.data.sources[0].path)} "
-            "INIT=<the published checkpoint>",
+            *[f"  is it better, and where:       make eval SHARDS={place} RUN={shlex.quote(out.name)}"]
+            * (out.parent == Path("runs")),
+            "  your data, if this was not it: make finetune CAPTURES=<folders> (or CO3D_DIR=<co3d>) SHARDS=data/mine",
+            f"  VGGT itself, on this data:     make finetune SHARDS={place} INIT=<the published checkpoint>",
         ]
     return ["Next: more steps (ARGS='max_steps=...'), or more data; stop when the metrics above stop improving."]
