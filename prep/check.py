@@ -71,9 +71,7 @@ def check_capture(capture: Capture) -> CaptureCheck:
     focal, score = max(((f, _score(pairs, _longer(f))) for f in FOCAL_FACTORS), key=lambda found: found[1])
     if score > given + FOCAL_BETTER:
         words += f"; better with a focal length {focal:g} times as long ({score:.0%} near, not {given:.0%}): "
-        words += (
-            "are these the intrinsics of another camera? Correct them there, or with --intrinsics (tum, sevenscenes)"
-        )
+        words += "are these the intrinsics of another camera? Then correct them (--intrinsics, where a layout has none)"
     return CaptureCheck(capture.name, len(pairs), given, ratio, True, words)
 
 
