@@ -8,13 +8,14 @@ import cv2
 import numpy as np
 import pycolmap
 import pytest
-from conftest import vggt_prep
 from layout_writers import ALL, WRITERS, rendered, write_depth, write_exr, write_image
 
-import shards
-from prep.importers.captures import CaptureOptions, Captures
+from prep.importers.captures import CaptureOptions, Captures, Split
 from prep.importers.colmap import camera_of
 from prep.importers.source import Distortion, SparsePoints
+from prep.packing.frames import FrameOptions, pack_frame
+from prep.packing.plan import PackOptions, make_plan
+from prep.packing.reading import BadFrameError
 from shards.codecs import decode_depth
 
 
@@ -34,28 +35,20 @@ def change(path, edit):
     path.write_text(json.dumps(content))
 
 
-def pack(folder, out, *options):
-    return vggt_prep("pack", folder, "--out", out, "--test-tail", 0.5, "--min-frames", 1, "--workers", 1, *options)
-
-
-def assert_packed(folder, out, views, *options):
-    """As the scene is: intrinsics, poses relative to the first, and depths."""
-    done = pack(folder, out, *options)
-    assert done.returncode == 0, done.stderr
-    opened = shards.open(out)
-    order = np.argsort(opened.frames["name"], kind="stable")
-    assert len(order) == len(views)
-    for place, (number, view) in enumerate(zip(order, views, strict=True)):
-        row, first = opened.frames[number], place // 4 * 4  # the splits' halves, each about its own middle
-        assert np.abs(row["intrinsics"] - view.intrinsics).max() < 1e-6
-        moved = [
-            np.vstack([pose, [0, 0, 0, 1]]) for pose in (row["extrinsics"], opened.frames["extrinsics"][order[first]])
-        ]
-        true = [np.vstack([other.cam_from_world, [0, 0, 0, 1]]) for other in (view, views[first])]
-        assert np.abs(moved[0] @ np.linalg.inv(moved[1]) - true[0] @ np.linalg.inv(true[1])).max() < 1e-5
-        depth = decode_depth(opened.read(number)[1], int(row["height"]), int(row["width"])) * row["depth_scale"]
+def assert_packed(folder, views):
+    """Cameras and depths are those of the scene."""
+    for frame, view in zip(read(folder).frames, views, strict=True):
+        packed = pack_frame(frame, FrameOptions())
+        assert np.abs(packed.meta.intrinsics - view.intrinsics).max() < 1e-6
+        assert np.abs(packed.meta.extrinsics - view.cam_from_world).max() < 1e-5
+        depth = decode_depth(packed.depth, packed.meta.height, packed.meta.width) * packed.meta.depth_scale
         known = (view.depth > 0) & (view.depth < 60)
         assert np.abs(depth[known] / view.depth[known] - 1).max() < 2e-3
+
+
+def assert_refused(folder, number, reason):
+    with pytest.raises(BadFrameError, match=reason):
+        pack_frame(read(folder).frames[number], FrameOptions())
 
 
 def test_an_unpacked_r3d_and_record3ds_export_as_exr_are_read(views, tmp_path):
@@ -67,7 +60,7 @@ def test_an_unpacked_r3d_and_record3ds_export_as_exr_are_read(views, tmp_path):
         (tmp_path / "exr" / "rgb" / f"{i}.depth").unlink()
         write_exr(tmp_path / "exr" / "depth" / f"{i}.exr", view.depth)
     for name in ("r3d", "exr"):
-        assert_packed(tmp_path / name, tmp_path / f"set {name}", views)
+        assert_packed(tmp_path / name, views)
 
 
 def write_with_info(folder, views, info):
@@ -90,14 +83,10 @@ def write_with_info(folder, views, info):
 def test_the_cameras_of_an_info_file_and_depths_as_pgm_are_read(views, tmp_path, info):
     folder = tmp_path / "scan" / "data"
     write_with_info(folder, views, info)
-    assert_packed(folder, tmp_path / "set", views)
+    assert_packed(folder, views)
     path = folder / "frame-000003.depth.pgm"
     path.write_bytes(path.read_bytes()[:-1])
-    done = pack(folder, tmp_path / "again")
-    assert done.returncode == 1
-    assert "1 frame is bad, and --max-bad allows 0 in all: 1 x depth is damaged" in " ".join(
-        (done.stdout + done.stderr).split()
-    )
+    assert_refused(folder, 3, "depth is damaged")
     (folder / info).write_text("m_calibrationColorIntrinsic = 1 2 3\n")
     with pytest.raises(ValueError, match=r"info.txt: not readable as intrinsics \(it has no m_calibrationDepth"):
         read(folder)
@@ -107,9 +96,7 @@ def test_the_camera_of_seven_scenes_is_not_taken_for_images_of_another_size(view
     WRITERS["sevenscenes"](tmp_path / "seq-01", views)
     (tmp_path / "seq-01" / "camera-intrinsics.txt").unlink()
     (tmp_path / "info.txt").write_text("somebody's notes")
-    done = pack(tmp_path / "seq-01", tmp_path / "set", "--trust")
-    assert done.returncode == 1
-    assert "image is not of the annotated size" in " ".join((done.stdout + done.stderr).split())
+    assert_refused(tmp_path / "seq-01", 0, "image is not of the annotated size")
 
 
 def test_depth_that_was_scaled_without_its_own_camera_is_refused(views, tmp_path):
@@ -120,15 +107,13 @@ def test_depth_that_was_scaled_without_its_own_camera_is_refused(views, tmp_path
     for path in (tmp_path / "scene" / "depth").iterdir():
         depth = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         cv2.imwrite(str(path), depth[::2, ::2])
-    done = pack(tmp_path / "scene", tmp_path / "set", "--trust")
-    assert done.returncode == 1
-    assert "depth is not of the size that its intrinsics are of" in " ".join((done.stdout + done.stderr).split())
+    assert_refused(tmp_path / "scene", 0, "depth is not of the size that its intrinsics are of")
 
 
 def test_intrinsics_beside_the_folders_are_those_of_scannets_25k_frames(views, tmp_path):
     WRITERS["scannet"](tmp_path / "scene", views)
     (tmp_path / "scene/intrinsic/intrinsic_color.txt").rename(tmp_path / "scene/intrinsics_color.txt")
-    assert_packed(tmp_path / "scene", tmp_path / "set", views)
+    assert_packed(tmp_path / "scene", views)
 
 
 def test_arkits_larger_images_without_their_cameras_give_way_to_the_smaller_ones(views, tmp_path):
@@ -151,7 +136,7 @@ def test_depth_by_instant_ngps_keys_is_read_in_its_unit(views, tmp_path):
             entry["depth_path"] = entry.pop("depth_file_path")
 
     change(tmp_path / "scan" / "transforms.json", edit)
-    assert_packed(tmp_path / "scan", tmp_path / "set", views)
+    assert_packed(tmp_path / "scan", views)
 
 
 def test_images_of_which_only_smaller_copies_are_there_are_read_from_those(views, tmp_path):
@@ -171,8 +156,7 @@ def test_images_of_which_only_smaller_copies_are_there_are_read_from_those(views
         assert "images_4" not in frame.name
         _, k = frame.camera.opencv(*view.depth.shape)
         assert np.allclose(k, view.intrinsics)
-    done = pack(tmp_path / "scan", tmp_path / "set")
-    assert done.returncode == 0, done.stderr
+        assert pack_frame(frame, FrameOptions()).meta.width == view.depth.shape[1]
 
 
 def test_two_fields_of_view_make_pixels_that_are_not_square(views, tmp_path):
@@ -241,5 +225,5 @@ def test_photographs_with_the_same_borders_are_not_the_same(tmp_path, suffix):
         cv2.imwrite(str(tmp_path / "scan" / f"{i}{suffix}"), image, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
         lines.append(f"{i}{suffix},,1,0,0,{i / 10},0,1,0,0,0,0,1,0,250,250,159.5,119.5")
     (tmp_path / "scan" / "frames.csv").write_text("\n".join(lines) + "\n")
-    done = pack(tmp_path / "scan", tmp_path / "set", "--trust")
-    assert done.returncode == 0, done.stderr
+    found = Captures([tmp_path / "scan"], CaptureOptions(split=Split(tail=0.2)))
+    assert make_plan(found, PackOptions(min_frames=1), allow_shared_frames=False)

@@ -483,6 +483,7 @@ def test_a_batch_that_is_lost_on_its_way_is_noticed(split):
             list(batches)
 
 
+@pytest.mark.slow
 def test_workers_that_hang_are_told_and_end_the_run(split, monkeypatch, caplog):
     """Stopped with a batch in the queue, which torch then asks them for without a limit of time."""
     monkeypatch.setattr(train.data.loader, "PATIENCE", 3)
