@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -46,9 +47,11 @@ def load_images(paths: Sequence[Path], config: VGGTConfig, width: int | None = N
     patch, side = config.patch_size, width or config.image_size
     if side % patch:
         raise ValueError(f"width {side}: expected a multiple of {patch}, the model's patch size")
-    height, width = _read(paths[0]).shape[:2]
+    first = _read(paths[0])
+    height, width = first.shape[:2]
     rows = min(max(round(side * height / width / patch), 1), side // patch)
-    pixels = np.stack([_cover(_read(path), rows * patch, side) for path in paths])  # one at a time: they are large
+    photographs = chain([first], map(_read, paths[1:]))  # one at a time: they are large
+    pixels = np.stack([_cover(photograph, rows * patch, side) for photograph in photographs])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 

@@ -58,8 +58,8 @@ def add_lora(model: nn.Module, patterns: tuple[str, ...], rank: int, alpha: floa
 def merge(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """`base` with what was trained on it: tensors of its names replace its own, corrections are added to the weights.
 
-    What was trained is as it was trained, and the sums are float32: in half a type of `base` small corrections are
-    lost. The rest is in the types of `base`. Raises ValueError for what does not belong to it.
+    What was trained is as it was trained, and the sums are float32: in a half-precision type of `base` small
+    corrections are lost. The rest is in the types of `base`. Raises ValueError for what does not belong to it.
     """
     downs = {name.removesuffix(DOWN) + "weight": name for name in trained if name.endswith(DOWN)}
     whole = [name for name in trained if not name.endswith((DOWN, UP))]

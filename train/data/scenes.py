@@ -91,18 +91,18 @@ def load_scene(
     """
     lengths, shard_set = split.lengths[scene.source], split.shard_sets[scene.source]
     keys, bad = _load_views(split, scene, shape, members, out)
-    for other in () if keys else _others(scene, len(lengths)):
+    others = iter(() if keys else _others(scene, len(lengths)))
+    while not keys and (other := next(others, None)) is not None:
         wanted = tuple(frame % int(lengths[other]) for frame in scene.frames)
         scene = replace(scene, sequence=other, frames=wanted)
         members = shard_set.try_read_many(frame_rows(split, scene))
         keys, missed = _load_views(split, scene, shape, members, out)
         bad += missed
-        if keys:
-            break
     if not keys:
         ((worst, number),) = bad.most_common(1)
-        problem = f"none of {bad.total()} frames that were tried can be used, {number} of them of this file; vggt-prep "
-        raise DamagedMemberError(worst.removeprefix(f"{shard_set}/"), problem + "verify says why", shard_set)
+        tried = f"none of {bad.total()} frames that were tried can be used, {number} of them of this file"
+        file = worst.removeprefix(f"{shard_set}/")
+        raise DamagedMemberError(file, f"{tried}; vggt-prep verify says why", shard_set)
     found = len(keys)
     for place in range(found, shape.views):  # where too few are left, views repeat, as in too short a sequence
         keys.append(keys[place % found])
